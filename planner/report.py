@@ -1,0 +1,201 @@
+"""What is answered: the same report for the estimate, the simulation and the measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from planner.errors import PlannerError
+
+__all__ = ["PARTS", "MemoryReport", "OutOfMemory", "Parameters", "Parts", "PeakSite", "Phase", "Source"]
+
+SCHEMA = 1
+Source = Literal["estimate", "simulation", "measurement"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Bytes alive at the moment of the peak, by what they are for; they sum to the peak.
+
+    `temporaries` live within one operation or one layer's backward; `workspace` is what the matrix
+    library keeps. For a measurement, parts known only by subtraction are named in the report.
+    """
+
+    base_weights: int = 0
+    adapter_weights: int = 0
+    gradients: int = 0
+    optimizer_states: int = 0
+    activations: int = 0
+    logits_and_loss: int = 0
+    temporaries: int = 0
+    workspace: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all parts: the peak. The only place where a total is made."""
+        return sum(getattr(self, name) for name in PARTS)
+
+    def to_dict(self) -> dict[str, int]:
+        """The parts by name, in their fixed order."""
+        return {name: getattr(self, name) for name in PARTS}
+
+
+PARTS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Parts))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Numbers of parameters: base and adapter together as `total`, as peft counts."""
+
+    total: int
+    trainable: int
+    added: int = 0
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that are not trained."""
+        return self.total - self.trainable
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained parameters divided by all, 0 to 1."""
+        return self.trainable / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "total": self.total,
+            "trainable": self.trainable,
+            "frozen": self.frozen,
+            "added": self.added,
+            "trainable_share": self.trainable_share,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A stretch of the run: `load`, `attach`, then `forward`, `backward`, `optimizer_step` of each step.
+
+    `allocated_bytes` at its end, `peak_allocated_bytes` within it; `step` counts from 1, None before.
+    """
+
+    name: str
+    allocated_bytes: int
+    peak_allocated_bytes: int
+    step: int | None = None
+    reserved_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeakSite:
+    """Where the peak is: the operation and the module that runs it."""
+
+    op: str
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutOfMemory:
+    """A run that did not fit: in which phase, what was asked for, what was free."""
+
+    phase: str
+    requested_bytes: int
+    free_bytes: int
+    op: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """The answer to one setup.
+
+    `parts` are alive at the peak of allocated memory and sum to it; `phases` in order; reserved is the
+    allocator's segments (None where not known). `not_known` lists parts that could not be determined
+    and count as 0; `by_subtraction` those of a measurement that are a remainder. `timeline` is
+    (event number, allocated bytes) pairs. `provenance` says versions, source and time.
+    """
+
+    source: Source
+    setup: Mapping[str, Any]
+    parameters: Parameters
+    parts: Parts
+    phases: tuple[Phase, ...]
+    peak_phase: str
+    peak_reserved_bytes: int | None = None
+    not_known: tuple[str, ...] = ()
+    by_subtraction: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    peak_site: PeakSite | None = None
+    out_of_memory: OutOfMemory | None = None
+    timeline: tuple[tuple[int, int], ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Peak of allocated memory: the sum of the parts."""
+        return self.parts.total_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the command line's contract; `from_dict` gives an equal report."""
+        answer: dict[str, Any] = {
+            "schema": SCHEMA,
+            "source": self.source,
+            "setup": dict(self.setup),
+            "parameters": self.parameters.to_dict(),
+            "parts": self.parts.to_dict(),
+            "phases": [_without_none(dataclasses.asdict(phase)) for phase in self.phases],
+            "peak_allocated_bytes": self.peak_allocated_bytes,
+            "peak_reserved_bytes": self.peak_reserved_bytes,
+            "peak_phase": self.peak_phase,
+            "not_known": list(self.not_known),
+            "by_subtraction": list(self.by_subtraction),
+            "notes": list(self.notes),
+            "provenance": dict(self.provenance),
+        }
+        if self.peak_site:
+            answer["peak_site"] = dataclasses.asdict(self.peak_site)
+        if self.out_of_memory:
+            answer["out_of_memory"] = dataclasses.asdict(self.out_of_memory)
+        if self.timeline:
+            answer["timeline"] = [list(point) for point in self.timeline]
+        return answer
+
+    @classmethod
+    def from_dict(cls, answer: Mapping[str, Any]) -> MemoryReport:
+        """A report from its JSON object. Raises PlannerError for another schema or missing keys."""
+        if answer.get("schema") != SCHEMA:
+            raise PlannerError(
+                f"a report of schema {answer.get('schema')!r} was given; this version reads schema {SCHEMA}."
+            )
+        try:
+            parameters = answer["parameters"]
+            site, failure = answer.get("peak_site"), answer.get("out_of_memory")
+            return cls(
+                source=answer["source"],
+                setup=answer["setup"],
+                parameters=Parameters(
+                    total=parameters["total"],
+                    trainable=parameters["trainable"],
+                    added=parameters.get("added", 0),
+                ),
+                parts=Parts(**answer["parts"]),
+                phases=tuple(Phase(**phase) for phase in answer["phases"]),
+                peak_phase=answer["peak_phase"],
+                peak_reserved_bytes=answer["peak_reserved_bytes"],
+                not_known=tuple(answer.get("not_known", ())),
+                by_subtraction=tuple(answer.get("by_subtraction", ())),
+                notes=tuple(answer.get("notes", ())),
+                peak_site=PeakSite(**site) if site else None,
+                out_of_memory=OutOfMemory(**failure) if failure else None,
+                timeline=tuple((int(at), int(size)) for at, size in answer.get("timeline", ())),
+                provenance=answer.get("provenance", {}),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlannerError(f"not a memory report: {error}.") from None
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
