@@ -1,0 +1,4 @@
+"""The training step itself, on any device: what `simulate` and `measure` both run.
+
+Nothing in here knows a formula. A new method, optimizer or recipe is added here once.
+"""

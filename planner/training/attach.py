@@ -1,0 +1,67 @@
+"""Attach the method of a setup to a built model, in place."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+from torch import nn
+
+from planner.errors import SetupError
+from planner.model import Model
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method
+
+__all__ = ["attached"]
+
+_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "masked-lm": None}
+
+
+def attached(net: nn.Module, model: Model, method: Method, *, low_memory: bool = False) -> nn.Module:
+    """The model with the method's parameters trainable and all others frozen.
+
+    LoRA is peft's own, with its defaults (adapters in fp32 over a 16-bit base); adapters and BitFit are
+    `planner.training.peft`. `low_memory` creates peft's adapters without values (for `meta`).
+    Raises SetupError for a method of which only a parameter count is known.
+    """
+    if isinstance(method, FullFineTuning):
+        return net
+    if isinstance(method, LoRA):
+        return _with_lora(net, model, method, low_memory=low_memory)
+    if isinstance(method, Adapter | BitFit):
+        from planner.training.peft import attach, settings
+
+        return attach(net, settings(model, method))
+    raise SetupError(
+        f"method {method.name} with a bare number of trained parameters cannot be run; "
+        "choose lora, adapter, bitfit or full."
+    )
+
+
+def _with_lora(net: nn.Module, model: Model, method: LoRA, *, low_memory: bool) -> nn.Module:
+    config = peft.LoraConfig(
+        r=method.lora_rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # peft divides by r: a float is fine
+        lora_dropout=method.lora_dropout,
+        target_modules=_targets(model, method.target_modules),
+        bias=method.lora_bias,
+        task_type=_PEFT_TASKS[model.task],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = peft.get_peft_model(net, config, low_cpu_mem_usage=low_memory)  # type: ignore[arg-type]
+    return adapted  # type: ignore[no-any-return]
+
+
+def _targets(model: Model, targets: tuple[str, ...]) -> str | list[str]:
+    """peft's spelling of the targets; the preset `attention` becomes the full names it stands for."""
+    if targets == ("all-linear",):
+        return "all-linear"
+    if targets == ("attention",):
+        return [
+            name.rpartition(".")[0]
+            for tensor in model.linear_weights
+            if tensor.role == "attention"
+            for name in tensor.names()
+        ]
+    return list(targets)

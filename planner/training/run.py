@@ -1,0 +1,121 @@
+"""One training run as users run it: load, attach, then optimizer steps, with a hook at every phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.spec import Setup
+from planner.training.attach import attached
+from planner.training.attention import attention_kernels
+from planner.training.build import built_model
+from planner.training.optimizers import optimizer_for
+from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast
+
+__all__ = ["Loop", "PhaseHook", "TrainingRun"]
+
+PhaseHook = Callable[[str, int | None], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """How the loop around the step is written; the defaults are HF Trainer's.
+
+    `keep_outputs`: the output object (logits) stays alive through the backward pass, as in a loop that
+    holds `outputs`; Trainer's `compute_loss` returns the loss only. `separate_labels`: labels are a
+    tensor of their own, as a collator makes them.
+    """
+
+    keep_outputs: bool = False
+    separate_labels: bool = True
+
+
+class TrainingRun:
+    """A setup on a device. `phases(name, step)` is entered around every phase.
+
+    Attributes after `prepare`: `net`, `optimizer`, `trained` (parameters that require gradients).
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        device: torch.device,
+        phases: PhaseHook,
+        *,
+        loop: Loop | None = None,
+        autocast: Autocast = cuda_autocast,
+    ) -> None:
+        """Nothing is built yet."""
+        self.setup = setup
+        self.device = device
+        self.phases = phases
+        self.loop = loop or Loop()
+        self.autocast = autocast
+        self.net: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        self.trained: list[nn.Parameter]
+
+    def prepare(self) -> None:
+        """Load the model and attach the method: phases `load` and `attach`."""
+        setup, training = self.setup, self.setup.training
+        with self.phases("load", None):
+            self.net = built_model(
+                setup.model, precision=training.precision, attention=training.attention, device=self.device
+            )
+            if training.activation_checkpointing:
+                self.net.gradient_checkpointing_enable(  # type: ignore[operator]
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+        with self.phases("attach", None):
+            meta = self.device.type == "meta"
+            self.net = attached(self.net, setup.model, setup.method, low_memory=meta)
+            self.net.train()
+            self.trained = [p for p in self.net.parameters() if p.requires_grad]
+            self.optimizer = optimizer_for(training.optimizer, self.trained)
+
+    def step(self, number: int) -> None:
+        """One optimizer step, all its micro batches included; phases carry the step's number."""
+        training = self.setup.training
+        with attention_kernels(training.attention):
+            for micro in range(training.gradient_accumulation_steps):
+                inputs = self._inputs()
+                with self.phases("forward", number):
+                    loss, _kept = self._loss(inputs)
+                    if training.gradient_accumulation_steps > 1:
+                        loss = loss / training.gradient_accumulation_steps
+                del inputs
+                with self.phases("backward", number):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                del loss, _kept
+        with self.phases("optimizer_step", number):
+            if training.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.trained, training.clip_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The loss, and the output object where the loop keeps it alive."""
+        dtype = autocast_dtype(self.setup.training.precision)
+        if dtype is None:
+            outputs = self.net(**inputs)
+        else:
+            from accelerate.utils import convert_outputs_to_fp32
+
+            with self.autocast(dtype):
+                outputs = self.net(**inputs)
+            outputs = convert_outputs_to_fp32(lambda: outputs)()  # type: ignore[no-untyped-call]
+        return outputs.loss, outputs if self.loop.keep_outputs else None
+
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        """Random token ids `[b, s]` (int64) and labels, without an attention mask: no padding."""
+        training = self.setup.training
+        vocabulary = self.net.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        shape = (training.micro_batch_size, training.seq_len)
+        ids = torch.randint(0, vocabulary, shape).to(self.device)
+        labels = ids.clone() if self.loop.separate_labels else ids
+        return {"input_ids": ids, "labels": labels}
