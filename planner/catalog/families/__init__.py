@@ -17,7 +17,9 @@ from planner.model import Task
 __all__ = ["TASKS", "FamilyModel", "UnknownFamily", "families", "family_model"]
 
 _MODULES = {
+    "bert": "bert",
     "bloom": "gpt",
+    "distilbert": "bert",
     "falcon": "gpt",
     "gemma": "llama",
     "gemma2": "llama",
@@ -37,11 +39,18 @@ _MODULES = {
     "qwen2": "llama",
     "qwen3": "llama",
     "qwen3_moe": "experts",
+    "roberta": "bert",
     "smollm3": "llama",
     "stablelm": "llama",
     "starcoder2": "llama",
+    "t5": "t5",
 }
-TASKS: dict[str, Task] = {}  # the others are causal language models
+TASKS: dict[str, Task] = {  # the others are causal language models
+    "bert": "masked-lm",
+    "distilbert": "masked-lm",
+    "roberta": "masked-lm",
+    "t5": "seq2seq-lm",
+}
 
 
 def families() -> tuple[str, ...]:

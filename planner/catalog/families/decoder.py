@@ -88,6 +88,8 @@ def architecture(
         activation=fields.text(activation_key, default=activation),
         attention_dropout=fields.share("attention_dropout"),
         tied_head=fields.flag("tie_word_embeddings", default=tied),
+        attention_output="self_attn.o_proj",
+        mlp_output="mlp.down_proj",
         layer_class=layer_class,
     )
 
@@ -151,7 +153,7 @@ def _attention(shape: Architecture, layout: Layout, layers: tuple[int, ...]) -> 
             f"{prefix}.{name}", outputs, hidden, "attention", layers=layers, bias=shape.attention_bias
         )
     tensors += linear(
-        f"{prefix}.{shape.attention_output}",
+        f"model.layers.*.{shape.attention_output}",
         hidden,
         queries,
         "attention",
@@ -179,13 +181,14 @@ def _mlp(shape: Architecture, layout: Layout, layers: tuple[int, ...]) -> list[W
 def _dense_mlp(shape: Architecture, layout: Layout, layers: tuple[int, ...]) -> list[WeightTensor]:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     outputs = 2 * inner if shape.fused_gate_up else inner
+    output = "mlp.down_proj" if shape.mlp == "experts" else shape.mlp_output
     tensors: list[WeightTensor] = []
     for name in layout.mlp_inputs:
         tensors += linear(
             f"model.layers.*.mlp.{name}", outputs, hidden, "mlp", layers=layers, bias=shape.mlp_bias
         )
     return tensors + linear(
-        f"model.layers.*.mlp.{shape.mlp_output}", hidden, inner, "mlp", layers=layers, bias=shape.mlp_bias
+        f"model.layers.*.{output}", hidden, inner, "mlp", layers=layers, bias=shape.mlp_bias
     )
 
 

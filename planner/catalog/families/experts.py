@@ -66,7 +66,7 @@ def _routed(
         num_experts=number,
         experts_per_token=per_token,
         expert_intermediate_size=inner or shape.intermediate_size,
-        mlp_output="experts",
+        mlp_output="mlp",
     )
 
 

@@ -80,7 +80,7 @@ def gpt_neox(fields: Fields) -> FamilyModel:
         mlp_bias=True,
         tied_head=fields.flag("tie_word_embeddings"),
         attention_output="attention.dense",
-        mlp_output="dense_4h_to_h",
+        mlp_output="mlp.dense_4h_to_h",
         layer_class="GPTNeoXLayer",
     )
     block, inner = "gpt_neox.layers.*", shape.intermediate_size
@@ -118,7 +118,7 @@ def opt(fields: Fields) -> FamilyModel:
         attention_bias=bias,
         mlp_bias=bias,
         tied_head=fields.flag("tie_word_embeddings", default=True),
-        attention_output="out_proj",
+        attention_output="self_attn.out_proj",
         mlp_output="fc2",
         layer_class="OPTDecoderLayer",
     )
@@ -169,7 +169,7 @@ def bloom(fields: Fields) -> FamilyModel:
         mlp_bias=True,
         tied_head=fields.flag("tie_word_embeddings", default=True),
         attention_output="self_attention.dense",
-        mlp_output="dense_4h_to_h",
+        mlp_output="mlp.dense_4h_to_h",
         layer_class="BloomBlock",
     )
     block = "transformer.h.*"
@@ -222,7 +222,7 @@ def falcon(fields: Fields) -> FamilyModel:
         mlp_bias=bias,
         tied_head=fields.flag("tie_word_embeddings", default=True),
         attention_output="self_attention.dense",
-        mlp_output="dense_4h_to_h",
+        mlp_output="mlp.dense_4h_to_h",
         layer_class="FalconDecoderLayer",
     )
     norms = ["input_layernorm"]

@@ -188,7 +188,7 @@ def phi(fields: Fields) -> FamilyModel:
         hidden_dropout=fields.share("resid_pdrop"),
         embedding_dropout=fields.share("embd_pdrop"),
         attention_output="self_attn.dense",
-        mlp_output="fc2",
+        mlp_output="mlp.fc2",
     )
     layout = Layout(
         output_bias=True,
@@ -255,7 +255,7 @@ def starcoder2(fields: Fields) -> FamilyModel:
         mlp_bias=bias,
         hidden_dropout=fields.share("residual_dropout"),
         embedding_dropout=fields.share("embedding_dropout"),
-        mlp_output="c_proj",
+        mlp_output="mlp.c_proj",
     )
     layout = Layout(output_bias=bias, norm_leaves=_LAYERNORM, mlp_inputs=("c_fc",))
     return decoder(fields, shape, layout, max_positions=4096)
