@@ -1,0 +1,72 @@
+"""What every test may rely on: the repository's root, a quiet environment, the command, a browser.
+
+No test sees the user's own Hugging Face cache or token, nor settings of the planner's environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before any test imports huggingface_hub, which reads these once, at import.
+_CACHE = tempfile.mkdtemp(prefix="vram-planner-tests-")
+os.environ["HF_HOME"] = os.path.join(_CACHE, "huggingface")
+os.environ["XDG_CACHE_HOME"] = _CACHE
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "PLANNER_ALLOW_MEASURE"):
+    os.environ.pop(_name, None)
+
+PlannerCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_unconfigure() -> None:
+    """The caches die with the run."""
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def planner_command() -> PlannerCommand:
+    """`planner_command("estimate", "--model", "gpt2")` runs it in a process of its own, exit code `code`."""
+
+    def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        answer = subprocess.run(
+            [sys.executable, "-m", "planner", *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
+        )
+        assert answer.returncode == code, f"{arguments}: {answer.returncode}\n{answer.stdout}{answer.stderr}"
+        return answer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a Chromium; skips where there is none."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no Chromium on this machine; install it with: apt-get install chromium")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
