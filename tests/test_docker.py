@@ -24,7 +24,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = ROOT / "Dockerfile"
-OFFLINE = re.compile(r"NewConnectionError|name resolution|Max retries exceeded|Read timed out|ProxyError", re.I)
+OFFLINE = re.compile(
+    r"NewConnectionError|name resolution|Max retries exceeded|Read timed out|ProxyError", re.I
+)
 
 
 @dataclass
@@ -70,10 +72,14 @@ def test_the_linter_finds_nothing() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     if not hadolint:
         pytest.skip("no hadolint on this machine; on Linux x86-64 tests/requirements.txt brings it")
-    lint = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, timeout=60, check=False)
+    lint = subprocess.run(
+        [hadolint, str(DOCKERFILE)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert lint.returncode == 0, lint.stdout + lint.stderr
     planted = DOCKERFILE.read_text().replace("USER 10001", "USER root")
-    lint = subprocess.run([hadolint, "-"], input=planted, capture_output=True, text=True, timeout=60, check=False)
+    lint = subprocess.run(
+        [hadolint, "-"], input=planted, capture_output=True, text=True, timeout=60, check=False
+    )
     assert lint.returncode != 0, "the linter accepts a root user"
 
 
@@ -99,7 +105,10 @@ def test_no_secret_is_built_in() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_only_the_full_image_installs_torch(target: str) -> None:
     installed = re.findall(r"-r (\S+)", " ".join(STAGES[target].all("RUN")))
-    assert installed == {"web": ["requirements-web.txt"], "full": ["requirements-web.txt", "requirements.txt"]}[target]
+    assert (
+        installed
+        == {"web": ["requirements-web.txt"], "full": ["requirements-web.txt", "requirements.txt"]}[target]
+    )
 
 
 def let_through(path: str) -> bool:
@@ -131,7 +140,8 @@ def test_an_image_holds_the_program_and_nothing_else(target: str) -> None:
     files = copied(STAGES[target])
     package = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "planner").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        for path in (ROOT / "planner").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     others = {"app.py", "constraints.txt", "requirements-web.txt", ".streamlit/config.toml"}
     assert set(files) == package | others | ({"requirements.txt"} if target == "full" else set())
@@ -149,8 +159,14 @@ class Image:
         program = shutil.which(command[0], path=self.environment["PATH"])
         assert program, f"{command[0]} is not in the image"
         return subprocess.run(
-            [program, *command[1:]], cwd=self.app, env=self.environment, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=timeout_s, check=False,
+            [program, *command[1:]],
+            cwd=self.app,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
 
 
@@ -168,13 +184,21 @@ def web_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
         (app / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, app / inside)
     # How this machine reaches the package index is the machine's matter, not the image's.
-    machine = {k: v for k, v in os.environ.items() if re.match(r"PIP_|SSL_|\w*_proxy$|REQUESTS_", k, re.IGNORECASE)}
+    machine = {
+        k: v for k, v in os.environ.items() if re.match(r"PIP_|SSL_|\w*_proxy$|REQUESTS_", k, re.IGNORECASE)
+    }
     for command in stage.all("RUN"):
         if command.startswith("useradd "):
             continue
         step = subprocess.run(
-            ["/bin/sh", "-c", command], cwd=app, env={**machine, **image.environment}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=280, check=False,
+            ["/bin/sh", "-c", command],
+            cwd=app,
+            env={**machine, **image.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
         )
         if step.returncode and OFFLINE.search(step.stderr):
             pytest.skip("the package index cannot be reached, so the image's RUN steps cannot run")
@@ -186,7 +210,9 @@ def test_the_web_image_answers_without_torch(web_image: Image) -> None:
     answer = web_image.run(["python", "-m", "planner", "estimate", "--model", "gpt2", "--json"])
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["source"] == "estimate"
-    probe = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'peft') if u.find_spec(n)])"
+    probe = (
+        "import importlib.util as u; print([n for n in ('torch', 'transformers', 'peft') if u.find_spec(n)])"
+    )
     assert web_image.run(["python", "-c", probe]).stdout.strip() == "[]"
 
 
@@ -213,8 +239,12 @@ def server(web_image: Image, free_port: int) -> Iterator[Image]:
     program = shutil.which(command[0], path=environment["PATH"])
     assert program, f"{command[0]} is not in the image"
     process = subprocess.Popen(
-        [program, *command[1:]], cwd=image.app, env=environment,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [program, *command[1:]],
+        cwd=image.app,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     yield image
     alive = process.poll() is None

@@ -22,9 +22,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Areas of the package: the first folder or file below planner/. Formulas and data stand on the standard library.
+# Areas: the first folder or file below planner/. Formulas and data stand on the standard library.
 LIGHT = {
-    "advise", "catalog", "compare", "errors", "estimate", "model", "report", "spec", "targets", "units", "version",
+    "advise",
+    "catalog",
+    "compare",
+    "errors",
+    "estimate",
+    "model",
+    "report",
+    "spec",
+    "targets",
+    "units",
+    "version",
 }
 TORCH = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 PAGE = {"streamlit", "plotly", "pandas"}
@@ -41,7 +51,17 @@ LATE = {("catalog/hub.py", "huggingface_hub")}
 
 # Modules that reach the clock, the disk, the environment or other processes, and functions that do.
 OUTSIDE_MODULES = {
-    "datetime", "glob", "io", "os", "pathlib", "random", "shutil", "socket", "subprocess", "tempfile", "time",
+    "datetime",
+    "glob",
+    "io",
+    "os",
+    "pathlib",
+    "random",
+    "shutil",
+    "socket",
+    "subprocess",
+    "tempfile",
+    "time",
 }
 OUTSIDE_CALLS = {"open", "print", "input", "breakpoint"}
 ABOVE = {"cli", "dashboard", "measure", "simulate", "training"}  # what formulas and data may not know of
@@ -107,12 +127,14 @@ def relative_imports(package: Path) -> list[str]:
     """One way to name a module: in full."""
     return [
         f"{path}:{item.line} imports {item.name}"
-        for path, tree in sources(package) for item in imports(tree) if item.name.startswith(".")
+        for path, tree in sources(package)
+        for item in imports(tree)
+        if item.name.startswith(".")
     ]
 
 
 def upward_imports(package: Path) -> list[str]:
-    """Formulas and data that know of torch code, the shell or the page; torch code that knows of those two."""
+    """Formulas and data that know of torch code, shell or page; torch code that knows of those two."""
     found = []
     for path, tree in sources(package):
         forbidden = ABOVE if area(path) in LIGHT else {"cli", "dashboard"}
@@ -244,8 +266,16 @@ def export_order(name: str) -> tuple[int, str]:
 
 
 RULES: list[Callable[[Path], list[str]]] = [
-    foreign_imports, relative_imports, upward_imports, outside_world, page_arithmetic, missing_docstrings,
-    long_files, empty_names, unfinished, unsorted_exports,
+    foreign_imports,
+    relative_imports,
+    upward_imports,
+    outside_world,
+    page_arithmetic,
+    missing_docstrings,
+    long_files,
+    empty_names,
+    unfinished,
+    unsorted_exports,
 ]
 
 
@@ -341,7 +371,11 @@ def loaded(run: str, folder: Path = ROOT) -> set[str]:
     """Top-level names in `sys.modules` after the statement `run`, in a fresh interpreter in `folder`."""
     answer = subprocess.run(
         [sys.executable, "-c", LOADED.format(run=run)],
-        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
     )
     marked = [line for line in answer.stderr.splitlines() if line.startswith("LOADED ")]
@@ -380,7 +414,9 @@ def test_machines_are_answered_without_rich() -> None:
 
 @pytest.mark.parametrize("heavy", sorted(HEAVY))
 def test_a_planted_import_is_seen(heavy: str, tmp_path: Path) -> None:
-    package = shutil.copytree(ROOT / "planner", tmp_path / "planner", ignore=shutil.ignore_patterns("__pycache__"))
+    package = shutil.copytree(
+        ROOT / "planner", tmp_path / "planner", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / f"{heavy}.py").write_text("")  # a stand-in, so that the test costs nothing
     assert loaded("import planner", tmp_path) & HEAVY == set()
     with (package / "units.py").open("a") as source:

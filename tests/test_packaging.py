@@ -42,14 +42,21 @@ def ranges(rows: list[str]) -> dict[str, str]:
 
 def pins() -> dict[str, str]:
     """Distribution -> the one version in constraints.txt."""
-    return {canonicalize_name(name): version for name, version in (row.split("==") for row in lines("constraints.txt"))}
+    return {
+        canonicalize_name(name): version
+        for name, version in (row.split("==") for row in lines("constraints.txt"))
+    }
 
 
 def pip(*arguments: str) -> None:
     """Run this environment's pip without an index."""
     answer = subprocess.run(
         [sys.executable, "-m", "pip", *arguments, "--no-index", "--no-deps", "--quiet"],
-        capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
@@ -80,14 +87,17 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) 
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", *DATA) for path in (ROOT / "planner").rglob(pattern)
+        for pattern in ("*.py", *DATA)
+        for path in (ROOT / "planner").rglob(pattern)
     }
     assert held == wanted
     assert "planner/catalog/models.json" in held
 
 
 def test_every_kind_of_file_in_the_package_is_shipped() -> None:
-    files = [path for path in (ROOT / "planner").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    files = [
+        path for path in (ROOT / "planner").rglob("*") if path.is_file() and path.parent.name != "__pycache__"
+    ]
     assert [p for p in files if not any(p.match(pattern) for pattern in ("*.py", *DATA))] == []
 
 
@@ -115,16 +125,34 @@ def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     pip("install", "--target", str(site), str(wheel))
     answer = subprocess.run(
-        [str(site / "bin" / "planner"), "compare", "--model", "params:7e9", "--precision", "textbook",
-         "--trainable-params", "4e6", "--json"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
+        [
+            str(site / "bin" / "planner"),
+            "compare",
+            "--model",
+            "params:7e9",
+            "--precision",
+            "textbook",
+            "--trainable-params",
+            "4e6",
+            "--json",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     assert answer.returncode == 0, answer.stderr
     assert isinstance(json.loads(answer.stdout), dict)
     where = subprocess.run(
         [sys.executable, "-c", "import planner; print(planner.__file__)"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert Path(where.stdout.strip()).is_relative_to(site), "the test ran the checkout, not the wheel"
 
@@ -133,7 +161,10 @@ def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_requirements_ask_for_the_same_ranges_as_the_distribution() -> None:
-    everything = [*PROJECT["dependencies"], *(row for rows in PROJECT["optional-dependencies"].values() for row in rows)]
+    everything = [
+        *PROJECT["dependencies"],
+        *(row for rows in PROJECT["optional-dependencies"].values() for row in rows),
+    ]
     assert ranges(lines("requirements.txt")) == ranges(everything)
 
 
