@@ -1,0 +1,171 @@
+"""Scaled-dot-product attention as CUDA chooses and runs it, on `meta` tensors.
+
+Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (the choice) and attention.cpp (what each
+choice does before its kernel). The switches of `torch.nn.attention.sdpa_kernel` are respected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from planner.errors import TraceError
+
+__all__ = ["AttentionRules"]
+
+aten = torch.ops.aten
+
+_FLASH_HEAD_LIMIT = 256  # check_head_dim_size_flash
+_BIAS_MULTIPLE = 16  # attention.cpp: the mask's last dimension is padded to 16 for the efficient kernel
+_DEFAULT_CAPABILITY = (8, 0)  # where no GPU is named: Ampere, the oldest with bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRules:
+    """torch's choice of kernel for one device. `capability` None is taken as 8.0."""
+
+    capability: tuple[int, int] | None = None
+    torch_version: tuple[int, int] = (2, 13)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """`[b, heads, s, d]` in, `[b, heads, s, d]` out, by the kernel that CUDA would run."""
+        kernel = self._kernel(query, key, value, attn_mask, enable_gqa=enable_gqa)
+        if kernel == "math":
+            return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        mask = _float_mask(attn_mask, query)
+        if kernel == "flash":
+            return _flash(query, key, value, dropout_p, is_causal, scale)
+        if kernel == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention(
+                query, key, value, mask, True, dropout_p, is_causal, False, scale=scale
+            )[0]
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, _padded(mask, query, key), True, dropout_p, is_causal, scale=scale
+        )[0]
+
+    def _kernel(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        enable_gqa: bool,
+    ) -> str:
+        capability = self.capability or _DEFAULT_CAPABILITY
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        grouped = enable_gqa and query.shape[1] != key.shape[1]
+        same_head = query.shape[-1] == key.shape[-1] == value.shape[-1]
+        head = query.shape[-1]
+        usable = {
+            "cudnn": half and capability >= (8, 0) and same_head and head % 8 == 0 and head <= 128,
+            "flash": half
+            and mask is None
+            and same_head
+            and head <= _FLASH_HEAD_LIMIT
+            and (capability >= (8, 0))
+            and query.dim() == 4,
+            "efficient": (not grouped)
+            and (query.dtype != torch.bfloat16 or capability >= (8, 0))
+            and head % self._alignment(query.dtype) == 0
+            and query.dim() == 4,
+            "math": True,
+        }
+        enabled = {
+            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+        for kernel in self._order():
+            if usable[kernel] and enabled[kernel]:
+                return kernel
+        raise TraceError(
+            f"no attention kernel takes {str(query.dtype).removeprefix('torch.')} heads of {head} on "
+            f"capability {capability[0]}.{capability[1]} with this choice; use attention sdpa or eager."
+        )
+
+    def _order(self) -> tuple[str, ...]:
+        """check_prefer_cudnn_attention: cuDNN comes first on Hopper and data-centre Blackwell."""
+        if (self.capability or _DEFAULT_CAPABILITY)[0] in (9, 10):
+            return ("cudnn", "flash", "efficient", "math")
+        return ("flash", "efficient", "math", "cudnn")
+
+    def _alignment(self, dtype: torch.dtype) -> int:
+        """minimum_gemm_alignment: elements that a head must be a multiple of."""
+        major = (self.capability or _DEFAULT_CAPABILITY)[0]
+        half = dtype in (torch.float16, torch.bfloat16)
+        tensor_cores = major >= 8 or (major == 7 and half)
+        alignment = 4 if major >= 8 else 1
+        return max(alignment, 128 // (16 if half else 32)) if tensor_cores else alignment
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """attention.cpp pads the head to a multiple of 8 for flash and cuts the output back."""
+    head = query.shape[-1]
+    missing = -head % 8
+    scale = 1.0 / math.sqrt(head) if scale is None else scale
+    if missing:
+        query, key, value = (F.pad(t, (0, missing)) for t in (query, key, value))
+    out: torch.Tensor = aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, causal, False, scale=scale
+    )[0]
+    return out[..., :head] if missing else out
+
+
+def _float_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """convert_boolean_attn_mask: a bool mask becomes 0 and -inf in the query's dtype."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    lowest = torch.full((), -math.inf, dtype=query.dtype, device=mask.device)
+    zero = torch.zeros((), dtype=query.dtype, device=mask.device)
+    return torch.where(mask, zero, lowest)
+
+
+def _padded(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """preprocess_mask: the last dimension padded to 16, then expanded to all heads."""
+    if mask is None:
+        return None
+    missing = -mask.shape[-1] % _BIAS_MULTIPLE
+    if missing:
+        width = mask.shape[-1]
+        mask = F.pad(mask, (0, missing))[..., :width]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _math(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+) -> Any:
+    """_scaled_dot_product_attention_math, the composite that saves `[b, heads, s, s]`."""
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout, causal, None, scale=scale, enable_gqa=grouped
+    )[0]

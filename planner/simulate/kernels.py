@@ -1,0 +1,151 @@
+"""What CUDA kernels allocate for themselves, and the libraries' workspaces; nothing of it shows on `meta`.
+
+Each function takes the operation's arguments and its output and returns the sizes in bytes of the
+blocks that are alive together, next to the output, while the kernel runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["PRODUCTS", "SCRATCH", "Workspaces", "takes_cublaslt"]
+
+aten = torch.ops.aten
+
+CUBLAS_WORKSPACE_BYTES = 4096 * 1024 * 2 + 16 * 1024 * 8  # CublasHandlePool.cpp: :4096:2:16:8
+CUBLAS_WORKSPACE_HOPPER_BYTES = 4096 * 8 * 1024  # CublasHandlePool.cpp: capability 9.0 only
+CUBLASLT_WORKSPACE_BYTES = 1024 * 1024  # CublasHandlePool.cpp: parseCUDABlasLtWorkspaceSize
+
+PRODUCTS = frozenset(
+    {
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.mv.default,
+        aten.dot.default,
+        aten.addmv.default,
+        aten._grouped_mm.default,
+    }
+)
+_LT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def takes_cublaslt(func: Any, args: Sequence[Any]) -> bool:
+    """Whether `addmm` fuses its bias through cublasLt (aten/src/ATen/native/cuda/Blas.cpp).
+
+    A one-dimensional contiguous bias as long as the output is wide, matrices of more than one row and
+    column.
+    """
+    if func is not aten.addmm.default:
+        return False
+    bias, left, right = args[0], args[1], args[2]
+    return bool(
+        bias.dim() == 1
+        and bias.size(0) == right.size(1)
+        and bias.is_contiguous()
+        and left.size(0) > 1
+        and left.size(1) > 1
+        and right.size(1) > 1
+        and left.dtype in _LT_DTYPES
+    )
+
+
+@dataclass
+class Workspaces:
+    """Which workspaces each thread has taken so far: cuBLAS and cublasLt keep one a thread."""
+
+    capability: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """No thread has multiplied yet."""
+        self._taken: set[tuple[str, str]] = set()
+
+    @property
+    def cublas_bytes(self) -> int:
+        """cuBLAS's workspace for the device's capability."""
+        return CUBLAS_WORKSPACE_HOPPER_BYTES if self.capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
+
+    def taken_by(self, func: Any, args: Sequence[Any], *, thread: str) -> list[int]:
+        """Sizes of the workspaces that this product is the first in its thread to need."""
+        wanted = [("cublas", self.cublas_bytes)]
+        if takes_cublaslt(func, args):
+            wanted.append(("cublasLt", CUBLASLT_WORKSPACE_BYTES))
+        new = [(name, size) for name, size in wanted if (name, thread) not in self._taken]
+        self._taken.update((name, thread) for name, _ in new)
+        return [size for _, size in new]
+
+
+def _numel_bytes(shape: Sequence[int], item_bytes: int) -> int:
+    return math.prod(shape) * item_bytes
+
+
+def _rounded(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def softmax_backward(args: Sequence[Any], out: Any) -> list[int]:
+    """SoftMax.cu, softmax_backward_cuda_out: the product grad * output, as large as the gradient."""
+    grad = args[0]
+    return [grad.numel() * grad.element_size()]
+
+
+def flash_backward(args: Sequence[Any], out: Any) -> list[int]:
+    """flash_api.cpp, mha_bwd: row sums, dQ in fp32, and dK and dV of all heads where heads are grouped.
+
+    q, k, v are `[b, heads, s, d]`; rows round up to 128, the head to 32 (256 above 192).
+    """
+    query, key = args[1], args[2]
+    batch, heads, rows, head = query.shape
+    rows_rounded = _rounded(rows, 128)
+    head_rounded = _rounded(head, 32) if head <= 192 else 256
+    sizes = [
+        _numel_bytes((batch, heads, rows_rounded), 4),
+        _numel_bytes((batch, rows_rounded, heads, head_rounded), 4),
+    ]
+    if key.shape[1] != heads:
+        expanded = _numel_bytes((batch, key.shape[2], heads, head), key.element_size())
+        sizes += [expanded, expanded]
+    return sizes
+
+
+def efficient_backward(args: Sequence[Any], out: Any) -> list[int]:
+    """attention_backward.cu and kernel_backward.h: delta `[b, heads, s]` in fp32, dQ's accumulators.
+
+    A 16-bit kernel computes delta itself; the fp32 path multiplies grad and output first. The kernel
+    with 64 x 64 tiles serves heads up to 64 (cutlassB.h), larger heads take 128 rows.
+    """
+    grad_out, query = args[0], args[1]
+    batch, heads, rows, head = query.shape
+    tile = 64 if head <= 64 else 128
+    delta = _numel_bytes((batch, heads, rows), 4)
+    accumulators = -(-rows // tile) * -(-head // tile) * (16 + 4 * tile * tile)
+    workspace = batch * heads * accumulators
+    if query.dtype == torch.float32:
+        return [grad_out.numel() * 4, delta, workspace]
+    return [delta, workspace]
+
+
+def embedding_backward(args: Sequence[Any], out: Any) -> list[int]:
+    """Embedding.cu, embedding_dense_backward_cuda: above 3,072 indices they are sorted.
+
+    Sorted and original positions (int64) and the radix sort's double buffers live beside the gradient;
+    up to 3,072 indices the kernel needs nothing.
+    """
+    indices = args[1].numel()
+    if indices <= 3072:
+        return []
+    return [indices * args[1].element_size()] * 4
+
+
+SCRATCH: dict[Any, Callable[[Sequence[Any], Any], list[int]]] = {
+    aten._softmax_backward_data.default: softmax_backward,
+    aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
+    aten.embedding_dense_backward.default: embedding_backward,
+}

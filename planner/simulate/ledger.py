@@ -1,0 +1,127 @@
+"""Every storage of the simulated device: what it is for, and what was alive at the peak."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from planner.report import PARTS
+from planner.simulate.allocator import CachingAllocator
+
+__all__ = ["Ledger", "Moment", "TooManyEvents"]
+
+LARGEST_EVENT_COUNT = 20_000_000  # a 405 B model takes about 200,000; what needs more is not a step
+
+
+class TooManyEvents(Exception):
+    """The trace has grown past its limit."""
+
+
+@dataclass(slots=True)
+class Moment:
+    """What was alive when allocated memory was highest, and who asked for it."""
+
+    allocated_bytes: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    phase: str = ""
+    step: int | None = None
+    op: str = ""
+    place: Any = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    block: int
+    size_bytes: int
+    part: str
+    watch: Any
+
+
+class Ledger:
+    """Storages of the simulated device by identity, each in the allocator and in one part.
+
+    `part` names the part that new storages belong to; `op` and `place` say who is asking. `record`,
+    `retag` and `scratch` are the only ways in, the storage's own end the only way out.
+    """
+
+    def __init__(self, allocator: CachingAllocator) -> None:
+        """An empty device."""
+        self.allocator = allocator
+        self.part = "base_weights"
+        self.phase = ""
+        self.step: int | None = None
+        self.op = ""
+        self.place: Any = None
+        self.peak = Moment()
+        self.totals = dict.fromkeys(PARTS, 0)
+        self.events: list[int] = []
+        self._live: dict[int, _Entry] = {}
+
+    def record(self, tensor: torch.Tensor, part: str | None = None) -> None:
+        """Allocate the tensor's storage unless it is known already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        tag = part or self.part
+        block, size = self._malloc(storage.nbytes(), tag)
+        watch = weakref.ref(storage, lambda _ref: self._free(key))
+        self._live[key] = _Entry(block, size, tag, watch)
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage is on the device already."""
+        return tensor.untyped_storage()._cdata in self._live
+
+    def retag(self, tensor: torch.Tensor, part: str) -> None:
+        """Move the tensor's storage to another part."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        if entry is not None and entry.part != part:
+            self.totals[entry.part] -= entry.size_bytes
+            self.totals[part] += entry.size_bytes
+            entry.part = part
+
+    def bytes_of(self, tensor: torch.Tensor) -> int:
+        """Bytes of the block that holds the tensor's storage, 0 where it is not on the device."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return entry.size_bytes if entry else 0
+
+    def scratch(self, sizes_bytes: list[int], part: str = "temporaries") -> None:
+        """Blocks that a kernel takes together and gives back before it returns."""
+        held = [self._malloc(size, part) for size in sizes_bytes]
+        for block, size in reversed(held):
+            self.totals[part] -= size
+            self.allocator.free(block)
+            self._note()
+
+    def workspace(self, size_bytes: int) -> None:
+        """A block that a library keeps for good."""
+        self._malloc(size_bytes, "workspace")
+
+    def _malloc(self, size_bytes: int, part: str) -> tuple[int, int]:
+        allocator = self.allocator
+        block = allocator.malloc(size_bytes)
+        size = allocator.block_bytes(block)
+        self.totals[part] += size
+        if allocator.allocated_bytes >= self.peak.allocated_bytes:
+            self.peak = Moment(
+                allocator.allocated_bytes, self.totals.copy(), self.phase, self.step, self.op, self.place
+            )
+        self._note()
+        return block, size
+
+    def _free(self, key: int) -> None:
+        entry = self._live.pop(key, None)
+        if entry is not None:
+            self.totals[entry.part] -= entry.size_bytes
+            self.allocator.free(entry.block)
+            self._note()
+
+    def _note(self) -> None:
+        self.events.append(self.allocator.allocated_bytes)
+        if len(self.events) > LARGEST_EVENT_COUNT:
+            raise TooManyEvents
+
+

@@ -1,0 +1,193 @@
+"""A dispatch mode that sees every storage of the simulated device come and go."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.errors import TraceError
+from planner.simulate.kernels import PRODUCTS, SCRATCH, Workspaces
+from planner.simulate.ledger import Ledger
+
+__all__ = ["Modules", "Tracer"]
+
+aten = torch.ops.aten
+
+_TRUTH_OPS = frozenset({aten._local_scalar_dense.default})
+_DATA_OPS = frozenset(
+    {
+        aten.nonzero.default,
+        aten.masked_select.default,
+        aten._unique2.default,
+        aten.unique_dim.default,
+        aten.unique_consecutive.default,
+        aten.bincount.default,
+        aten.equal.default,
+    }
+)
+_PARTS_OF_PHASES = {"load": "base_weights", "attach": "adapter_weights"}  # elsewhere: a batch's inputs
+_LAST_SEQUENCE = 2**63  # AccumulateGrad carries the largest number
+
+
+class Modules:
+    """Which module runs: a stack in the forward pass, autograd's sequence numbers in the backward pass.
+
+    Every node of the graph carries the number it got in the forward pass, so the backward of a module
+    is found by the numbers between its entry and its exit.
+    """
+
+    def __init__(self) -> None:
+        """No module is running."""
+        self.stack: list[str] = []
+        self.in_head = False
+        self.head_sequence: int | None = None
+        self.forward_end: int | None = None
+        self._names: dict[int, str] = {}
+        self._head: nn.Module | None = None
+        self._starts: list[int] = []
+        self._places: list[str] = []
+        self._handles: list[Any] = []
+
+    def watch(self, net: nn.Module) -> None:
+        """Follow every module of `net`; its output embeddings mark where logits begin."""
+        self._names = {id(module): name for name, module in net.named_modules()}
+        head = getattr(net, "get_output_embeddings", lambda: None)()
+        self._head = head
+        before = nn.modules.module.register_module_forward_pre_hook(self._enter)
+        after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+        self._handles = [before, after]
+
+    def unwatch(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def place(self, sequence: int) -> str:
+        """Name of the module in which the node with this sequence number was made."""
+        index = bisect.bisect_right(self._starts, sequence) - 1
+        return self._places[index] if index >= 0 else ""
+
+    def begin_forward(self) -> None:
+        """A new forward pass: logits are not there yet."""
+        self.in_head, self.head_sequence, self.forward_end = False, None, None
+
+    def end_forward(self) -> None:
+        """The loss is there; later numbers belong to a recomputation."""
+        self.in_head, self.forward_end = False, torch.autograd._get_sequence_nr()
+
+    def in_loss(self, sequence: int) -> bool:
+        """Whether a node belongs to the head or the loss."""
+        return (
+            self.head_sequence is not None
+            and self.head_sequence <= sequence
+            and (self.forward_end is None or sequence < self.forward_end)
+        )
+
+    def _mark(self) -> None:
+        self._starts.append(torch.autograd._get_sequence_nr())
+        self._places.append(self.stack[-1] if self.stack else "")
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        self.stack.append(name)
+        self._mark()
+        if module is self._head:
+            self.in_head = True
+            self.head_sequence = torch.autograd._get_sequence_nr()
+
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if id(module) in self._names and self.stack:
+            self.stack.pop()
+            self._mark()
+
+
+class Tracer(TorchDispatchMode):
+    """Feeds a ledger: every new storage on `meta`, kernels' own blocks, the libraries' workspaces."""
+
+    def __init__(self, ledger: Ledger, workspaces: Workspaces, modules: Modules) -> None:
+        """`modules` names the places; nothing is recorded until the mode is entered."""
+        super().__init__()
+        self.ledger = ledger
+        self.workspaces = workspaces
+        self.modules = modules
+        self.phase = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation on `meta` and record what it would allocate on CUDA."""
+        if func in _TRUTH_OPS and args[0].device.type == "meta":
+            return _answer(args[0])
+        if func in _DATA_OPS and args[0].device.type == "meta":
+            raise TraceError(
+                f"{func} in {self._place() or 'the model'} decides by the values of a tensor, which a "
+                "simulation does not have; measure this model on a GPU instead."
+            )
+        ledger = self.ledger
+        ledger.part, backward = self._part()
+        ledger.op, ledger.place = func, self._node_or_place(backward)
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            if out.device.type == "meta":
+                ledger.record(out)
+        elif isinstance(out, tuple | list):
+            for tensor in out:
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                    ledger.record(tensor)
+        if func in PRODUCTS:
+            thread = "autograd" if backward else "main"
+            for size in self.workspaces.taken_by(func, args, thread=thread):
+                ledger.workspace(size)
+        elif func in SCRATCH:
+            ledger.scratch(SCRATCH[func](args, out))
+        return out
+
+    def _part(self) -> tuple[str, bool]:
+        """The part of new storages, and whether autograd's thread is running."""
+        phase = self.phase
+        if phase == "forward":
+            return ("logits_and_loss" if self._after_head() else "activations"), False
+        if phase == "backward":
+            node = torch._C._current_autograd_node()
+            if node is None:
+                return "logits_and_loss", False
+            if torch.is_grad_enabled():
+                return "activations", True  # a recomputation
+            return ("logits_and_loss" if self.modules.in_loss(_sequence(node)) else "temporaries"), True
+        if phase == "optimizer_step":
+            return "temporaries", False
+        return _PARTS_OF_PHASES.get(phase, "activations"), False
+
+    def _after_head(self) -> bool:
+        return self.modules.in_head
+
+    def _node_or_place(self, backward: bool) -> Any:
+        if backward and not torch.is_grad_enabled():
+            node = torch._C._current_autograd_node()
+            return _sequence(node) if node is not None else ""
+        return self.modules.stack[-1] if self.modules.stack else ""
+
+    def _place(self) -> str:
+        return self.modules.stack[-1] if self.modules.stack else ""
+
+
+def _sequence(node: Any) -> int:
+    number = node._sequence_nr()
+    return number if 0 <= number < _LAST_SEQUENCE else -1
+
+
+def _answer(tensor: torch.Tensor) -> bool | int | float:
+    """What a question about values means in a plain training step: checks hold, numbers are one.
+
+    transformers asks whether positions are plain and masks are full; both are true of a step without
+    padding.
+    """
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
