@@ -1,0 +1,101 @@
+"""A setup as a link and as a command, and a link read back: plain text, no streamlit.
+
+The keys are the fields' names. A link made here spells every value out and carries `v=1`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from planner import catalog
+from planner.catalog.gpus import gpu
+from planner.dashboard.fields import Field, method_fields, parsed, spelled, training_fields
+from planner.errors import SetupError, nearest
+from planner.spec import METHODS, Setup
+
+__all__ = ["DEFAULTS", "VERSION", "command", "default_of", "link", "link_problems"]
+
+VERSION = "1"
+DEFAULTS = {"model": "meta-llama/Llama-3.1-8B", "method": "lora", "gpu": "rtx-4090"}
+_OWN_KEYS = {**DEFAULTS, "trainable_params": 4_000_000, "target_modules": "attention"}
+_LONGEST_TEXT = 200  # characters of a link's value; a model's id has at most 96 on the hub
+_CLOSE = 0.75  # a key this similar to one of ours is a slip, others belong to somebody else
+
+
+def default_of(field: Field) -> Any:
+    """The page's default of a field: the specification's own, unless the page needs one."""
+    return _OWN_KEYS.get(field.name, field.default)
+
+
+def link(base_url: str, flat: Mapping[str, Any]) -> str:
+    """The address that shows this setup, every value spelled out; empty values are left out."""
+    values = {"v": VERSION} | {key: spelled(value) for key, value in flat.items() if value is not None}
+    address = base_url.partition("?")[0].partition("#")[0]
+    return f"{address}?{urlencode(values, quote_via=quote, safe='/,:')}"
+
+
+def command(flat: Mapping[str, Any], *, verb: str = "estimate") -> str:
+    """The command line that answers the same question in a shell."""
+    words = ["python", "-m", "planner", verb]
+    for key, value in flat.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + key.replace("_", "-"))
+        if value is not True:
+            words.append(spelled(value))
+    return shlex.join(words)
+
+
+def link_problems(given: Mapping[str, list[str]]) -> dict[str, str]:
+    """What a link says that cannot be: key -> one line. Such keys keep their defaults."""
+    problems: dict[str, str] = {}
+    method = (given.get("method") or [DEFAULTS["method"]])[-1]
+    own = {field.name: field for field in (*training_fields(), *method_fields(method))}
+    for key, texts in given.items():
+        text = texts[-1] if texts else ""
+        try:
+            if len(text) > _LONGEST_TEXT:
+                raise SetupError(f"{key} is too long: at most {_LONGEST_TEXT} characters.")
+            _check(key, text, own)
+        except SetupError as error:
+            problems[key] = str(error)
+    return problems
+
+
+def _check(key: str, text: str, own: Mapping[str, Field]) -> None:
+    if key == "v":
+        if text != VERSION:
+            raise SetupError(f"the link is of version {text!r}, this page reads version {VERSION}.")
+    elif key == "method":
+        if text not in METHODS:
+            raise SetupError(f"unknown method {text!r}; {nearest(text, METHODS)}")
+    elif key == "gpu":
+        gpu(text)
+    elif key in own:
+        _check_value(own[key], text)
+    elif key not in _every_key():
+        close = difflib.get_close_matches(key, _every_key(), n=1, cutoff=_CLOSE)
+        if close:
+            raise SetupError(f"unknown setting {key!r}; did you mean {close[0]}?")
+
+
+def _check_value(field: Field, text: str) -> None:
+    """One value by the rules of the specification, in a setup where nothing else can be wrong."""
+    value = parsed(field, text)
+    if value is None or field.kind == "names":
+        return
+    if field in training_fields():
+        Setup(model=catalog.bare_model("params:1e9")).replace(**{field.name: value})
+        return
+    owner = next(cls for name, cls in METHODS.items() if field in method_fields(name))
+    needed = {f.name: default_of(f) for f in method_fields(owner.name) if f.default is None and not f.optional}
+    owner(**{**needed, field.name: value})
+
+
+def _every_key() -> set[str]:
+    fields = [*training_fields(), *(field for name in METHODS for field in method_fields(name))]
+    return {"v", "model", "method", "gpu"} | {field.name for field in fields}

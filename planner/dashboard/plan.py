@@ -1,0 +1,144 @@
+"""The Plan page: does it fit, and where does the memory go?"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from planner.advise import largest_micro_batch
+from planner.dashboard import figures, state, tables
+from planner.dashboard.answers import Answer, answer, current_setup
+from planner.dashboard.words import method_title, peak_place
+from planner.report import PARTS
+from planner.units import count, gib, percent
+
+_VERDICTS = {
+    "fits": (st.success, ":material/check_circle:", "Fits"),
+    "tight": (st.warning, ":material/warning:", "Tight"),
+    "does not fit": (st.error, ":material/cancel:", "Does not fit"),
+    "not known": (st.info, ":material/help:", "Not known"),
+}
+
+
+def page() -> None:
+    """Draw the page: words and cards first, the figure after them."""
+    setup, problem = current_setup()
+    st.title("Does it fit?", anchor=False)
+    for line in state.link_warnings():
+        st.warning(f"The link: {line} The default is used.", icon=":material/link_off:")
+    shown = answer(setup)
+    if problem:
+        _problem(problem, shown)
+    _verdict(shown)
+    _cards(shown)
+    _bars(shown)
+
+
+def _problem(problem: str, shown: Answer) -> None:
+    st.error(problem, icon=":material/block:")
+    setup = shown.setup
+    st.caption(
+        f":material/history: Below is the last setup that made sense: {setup.model.id}, "
+        f"{method_title(setup.method.name)}, {setup.training.micro_batch_size} x {setup.training.seq_len:,} tokens."
+    )
+
+
+def _verdict(shown: Answer) -> None:
+    if shown.verdict is None:
+        return
+    box, icon, word = _VERDICTS[shown.verdict.word]
+    sentence = shown.verdict.sentence
+    box(f"**{word}**{sentence.removeprefix(word)}" if sentence.startswith(word) else sentence, icon=icon)
+
+
+def _cards(shown: Answer) -> None:
+    chosen, peak = shown.chosen, shown.comparison.peak
+    cards = st.columns(4, gap="small")
+    with cards[0]:
+        against = None if shown.is_full else f"{gib(peak.saved_bytes)} less than full"
+        if peak.saved_bytes < 0:
+            against = f"{gib(-peak.saved_bytes)} more than full"
+        st.metric(
+            "Predicted peak",
+            gib(chosen.peak_allocated_bytes),
+            against or f"at {peak_place(chosen)}",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+            help=f"Peak of allocated memory, by formula. It is reached in {peak_place(chosen)}.",
+        )
+    with cards[1]:
+        st.metric(
+            "Measured peak",
+            "Not measured",
+            "no run of this setup is recorded",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+            help="Only what a CUDA device produced is shown as measured.",
+        )
+    with cards[2]:
+        st.metric(
+            "Trainable parameters",
+            count(chosen.parameters.trainable),
+            f"{percent(chosen.parameters.trainable_share)} of {count(chosen.parameters.total)}",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+        )
+    with cards[3]:
+        _largest_card(shown)
+
+
+def _largest_card(shown: Answer) -> None:
+    largest = largest_micro_batch(shown.setup) if shown.setup.gpu else None
+    value = "Not known" if largest is None else f"{largest:,}" if largest else "None"
+    st.metric(
+        "Largest micro batch",
+        value,
+        f"at {shown.setup.training.seq_len:,} tokens",
+        delta_color="off",
+        delta_arrow="off",
+        border=True,
+        height="stretch",
+        help="The most sequences in one pass that still fit the GPU at the upper edge of the error band.",
+    )
+
+
+def _bars(shown: Answer) -> None:
+    st.subheader("Where the memory goes", anchor=False)
+    st.plotly_chart(
+        figures.bars(shown.rows, shown.verdict),
+        key="_bars",
+        config=figures.CONFIG,
+        alt=figures.bars_alt(shown.rows, shown.verdict),
+    )
+    if any(part in report.not_known for _, report in shown.rows for part in PARTS):
+        for note in shown.chosen.notes:
+            st.caption(f":material/info: {note}")
+    st.table(tables.parts_table(shown.rows), border="horizontal")
+    with st.container(horizontal=True):
+        st.download_button(
+            "CSV",
+            tables.parts_csv(shown.rows),
+            file_name="vram-plan.csv",
+            mime="text/csv",
+            icon=":material/download:",
+            on_click="ignore",
+            key="_csv",
+        )
+        st.download_button(
+            "JSON",
+            tables.reports_json(shown.rows),
+            file_name="vram-plan.json",
+            mime="application/json",
+            icon=":material/download:",
+            on_click="ignore",
+            key="_json",
+        )
+
+
+if __name__ == "__main__":  # streamlit runs a page's file as the main script
+    page()

@@ -1,0 +1,142 @@
+"""What the page remembers between two runs of its script, all of it in `st.session_state`.
+
+An input's value lives under the field's own name, which is also its key in the URL; everything else
+starts with an underscore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from planner.dashboard.fields import method_fields, spelled, training_fields
+from planner.dashboard.links import DEFAULTS, default_of, link_problems
+from planner.spec import METHODS, Setup
+
+__all__ = [
+    "CONFIG_TEXT",
+    "apply",
+    "asked",
+    "checked_link",
+    "config_text",
+    "correct",
+    "dismiss_warnings",
+    "forget_config",
+    "keep",
+    "last_good",
+    "link_warnings",
+    "needs_another_run",
+    "remember_good",
+    "reset",
+    "restore",
+    "use_config",
+]
+
+CONFIG_TEXT = "_config_text"  # a pasted or uploaded config.json; not part of the link
+_KEPT, _WARNINGS, _CHECKED, _GOOD = "_kept", "_warnings", "_checked", "_good"
+_CORRECTIONS = "_corrections"
+
+
+def checked_link() -> None:
+    """On a session's first run, read the link and note what is wrong with it.
+
+    Free texts that cannot be (an unknown GPU) are put right in a second run: in the first one the
+    link wins over any value set from code.
+    """
+    for key, value in st.session_state.pop(_CORRECTIONS, {}).items():
+        st.session_state[key] = value
+    if st.session_state.get(_CHECKED):
+        return
+    st.session_state[_CHECKED] = True
+    given = {key: st.query_params.get_all(key) for key in st.query_params}
+    correct(link_problems(given))
+
+
+def correct(problems: Mapping[str, str]) -> None:
+    """Warn about these inputs (name -> line) and take their defaults in the next run."""
+    st.session_state[_WARNINGS] = [*link_warnings(), *problems.values()]
+    st.session_state[_CORRECTIONS] = {
+        key: value for key, value in _defaults().items() if key in problems and key in DEFAULTS
+    }
+
+
+def needs_another_run() -> bool:
+    """Whether a correction waits for the next run of the script."""
+    return bool(st.session_state.get(_CORRECTIONS))
+
+
+def link_warnings() -> list[str]:
+    """What was wrong with the link that opened this session."""
+    return list(st.session_state.get(_WARNINGS, []))
+
+
+def dismiss_warnings() -> None:
+    """Forget the link's warnings: the visitor has changed something since."""
+    st.session_state[_WARNINGS] = []
+
+
+def asked() -> dict[str, Any]:
+    """The inputs as flat keys, as `Setup.from_dict` takes them, in the order of the sidebar."""
+    method = st.session_state["method"]
+    names = ["model", "method", *(field.name for field in (*method_fields(method), *training_fields())), "gpu"]
+    return {name: st.session_state[name] for name in names if name in st.session_state}
+
+
+def apply(changes: Mapping[str, Any]) -> None:
+    """Set inputs from code: a callback of the Apply buttons and of the grid."""
+    for key, value in changes.items():
+        st.session_state[key] = spelled(value) if isinstance(value, tuple | list) else value
+    dismiss_warnings()
+
+
+def reset() -> None:
+    """Put every input back to its default: the callback of Reset."""
+    st.session_state[CONFIG_TEXT] = ""
+    st.session_state[_KEPT] = {}
+    apply({key: value for key, value in _defaults().items() if key in st.session_state})
+
+
+def keep(name: str) -> None:
+    """Remember an input's value while another method hides the input."""
+    st.session_state.setdefault(_KEPT, {})[name] = st.session_state[name]
+
+
+def restore(name: str) -> None:
+    """Bring back the value an input had before it was hidden."""
+    kept = st.session_state.get(_KEPT, {})
+    if name not in st.session_state and name in kept:
+        st.session_state[name] = kept[name]
+
+
+def config_text() -> str:
+    """The pasted or uploaded config.json, or an empty text."""
+    return str(st.session_state.get(CONFIG_TEXT, ""))
+
+
+def use_config(text: str) -> None:
+    """Plan the model of this config.json from now on."""
+    st.session_state[CONFIG_TEXT] = text
+    dismiss_warnings()
+
+
+def forget_config() -> None:
+    """Go back to the model of the catalogue."""
+    st.session_state[CONFIG_TEXT] = ""
+
+
+def last_good() -> Setup | None:
+    """The last setup that made sense in this session."""
+    found = st.session_state.get(_GOOD)
+    return found if isinstance(found, Setup) else None
+
+
+def remember_good(setup: Setup) -> None:
+    """Keep a setup that made sense, to be shown while the next one does not."""
+    st.session_state[_GOOD] = setup
+
+
+def _defaults() -> dict[str, Any]:
+    fields = [*training_fields(), *(field for name in METHODS for field in method_fields(name))]
+    return {**{field.name: default_of(field) for field in fields}, **DEFAULTS}

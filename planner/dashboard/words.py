@@ -1,0 +1,126 @@
+"""The words of the page: titles of parts, methods, sources and inputs. Sentence case."""
+
+from __future__ import annotations
+
+from planner.report import MemoryReport
+
+__all__ = [
+    "FIELD_HELP",
+    "FIELD_LABELS",
+    "METHOD_CAPTIONS",
+    "PART_HELP",
+    "PART_TITLES",
+    "PHASE_TITLES",
+    "SOURCE_TITLES",
+    "field_label",
+    "method_title",
+    "peak_place",
+]
+
+PART_TITLES = {
+    "base_weights": "Base weights",
+    "adapter_weights": "Adapter weights",
+    "gradients": "Gradients",
+    "optimizer_states": "Optimizer states",
+    "activations": "Activations",
+    "logits_and_loss": "Logits and loss",
+    "temporaries": "Temporaries",
+    "workspace": "Workspace",
+}
+PART_HELP = {
+    "base_weights": "the model's own parameters, trained or frozen",
+    "adapter_weights": "parameters that the method adds",
+    "gradients": "one value for each trained parameter",
+    "optimizer_states": "what the optimizer remembers of each trained parameter",
+    "activations": "what the forward pass keeps for the backward pass",
+    "logits_and_loss": "one value for each token and word of the vocabulary, and the loss's copies of it",
+    "temporaries": "alive within one operation or one layer's backward pass",
+    "workspace": "what the matrix library keeps for itself",
+}
+SOURCE_TITLES = {"estimate": "predicted", "simulation": "simulated", "measurement": "measured"}
+PHASE_TITLES = {
+    "load": "loading the model",
+    "attach": "attaching the adapter",
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "optimizer_step": "the optimizer step",
+}
+_METHOD_TITLES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "adapter": "bottleneck adapters",
+    "bitfit": "BitFit",
+    "peft": "a PEFT method",
+}
+METHOD_CAPTIONS = {
+    "full": "Full fine-tuning: every parameter is trained.",
+    "lora": "LoRA: two small matrices beside each target layer, the model frozen.",
+    "qlora": "QLoRA: LoRA over a model held in 4 bits.",
+    "adapter": "Bottleneck adapters: small two-layer networks inside each layer, the model frozen.",
+    "bitfit": "BitFit: only the bias terms are trained.",
+    "peft": "A PEFT method of which only the number of trained parameters is known.",
+}
+FIELD_LABELS = {
+    "model": "Model",
+    "method": "Method",
+    "gpu": "GPU",
+    "micro_batch_size": "Micro batch size",
+    "seq_len": "Sequence length",
+    "gradient_accumulation_steps": "Gradient accumulation steps",
+    "precision": "Precision recipe",
+    "optimizer": "Optimizer",
+    "activation_checkpointing": "Activation checkpointing",
+    "attention": "Attention",
+    "clip_grad_norm": "Gradient clipping",
+    "lora_rank": "Rank r",
+    "lora_alpha": "Alpha",
+    "lora_dropout": "Dropout",
+    "lora_bias": "Trained biases",
+    "target_modules": "Target modules",
+    "adapter_kind": "Kind",
+    "adapter_size": "Bottleneck size",
+    "adapter_reduction_factor": "Reduction factor",
+    "trainable_params": "Trained parameters",
+    "quantization": "Quantization",
+}
+FIELD_HELP = {
+    "model": "Search the catalogue, or type a Hugging Face id (only its config.json is read), or a bare size "
+    "such as params:7e9.",
+    "gpu": "Choose a card, or type the memory you have, such as 24GiB.",
+    "micro_batch_size": "Sequences in one forward and backward pass, on one GPU.",
+    "seq_len": "Tokens in one sequence, padding included.",
+    "gradient_accumulation_steps": "Micro batches before each optimizer step.",
+    "precision": "bf16, fp16, fp32: weights, gradients and states in that type. bf16-mixed, fp16-mixed: fp32 "
+    "weights under autocast. textbook: 2 + 2 + 8 bytes for each trained parameter.",
+    "optimizer": "adamw is torch's own default on CUDA (foreach), with temporaries as large as what it trains; "
+    "adamw-fused has none.",
+    "activation_checkpointing": "Keeps each layer's input and computes the layer again in the backward pass. "
+    "Also called gradient checkpointing.",
+    "attention": "sdpa is torch's own choice; eager keeps the whole attention matrix.",
+    "clip_grad_norm": "Largest gradient norm; empty for no clipping.",
+    "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
+    "lora_dropout": "Dropout on each adapter's input; above 0 it keeps a mask.",
+    "lora_bias": "none, all biases, or those of the target layers only.",
+    "target_modules": "attention, all-linear, or the names of layers with commas: q_proj,v_proj.",
+    "adapter_kind": "houlsby: after attention and after the MLP of each layer; pfeiffer: after the MLP.",
+    "adapter_size": "Width of the bottleneck; empty means 64.",
+    "adapter_reduction_factor": "The model's width divided by this, instead of a bottleneck size.",
+    "trainable_params": "How many parameters the method trains.",
+}
+
+
+def field_label(name: str) -> str:
+    """The label of an input; a field without an entry gets its own name in words."""
+    return FIELD_LABELS.get(name, name.replace("_", " ").capitalize())
+
+
+def method_title(name: str) -> str:
+    """A method's name within a sentence: `"full fine-tuning"`, `"LoRA"`."""
+    return _METHOD_TITLES.get(name, name)
+
+
+def peak_place(report: MemoryReport) -> str:
+    """Where the peak is, within a sentence: `"the backward pass"`."""
+    return PHASE_TITLES.get(report.peak_phase, report.peak_phase.replace("_", " "))
