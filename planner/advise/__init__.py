@@ -1,0 +1,19 @@
+"""Advice from reports: does it fit, how much would fit, what to change. Pure functions over `estimate`."""
+
+from planner.advise.changes import Change, applied, changes
+from planner.advise.fits import Verdict, Word, verdict
+from planner.advise.limits import Cell, grid, largest_micro_batch, largest_seq_len, smallest_gpu
+
+__all__ = [
+    "Cell",
+    "Change",
+    "Verdict",
+    "Word",
+    "applied",
+    "changes",
+    "grid",
+    "largest_micro_batch",
+    "largest_seq_len",
+    "smallest_gpu",
+    "verdict",
+]

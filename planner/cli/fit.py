@@ -1,0 +1,53 @@
+"""`planner fit`: does the run fit this GPU, how much would fit, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from planner.cli.flags import add_setup_flags, setup_from
+from planner.cli.reply import Reply
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["HELP", "answer", "flags"]
+
+HELP = "whether the run fits a GPU, the most that fits it, the smallest GPU that fits, and what to change"
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    add_setup_flags(parser)
+
+
+def answer(args: argparse.Namespace) -> Reply:
+    """The verdict, the limits and the changes for the setup's GPU."""
+    from planner import advise
+    from planner.advise.limits import asked_gpu
+    from planner.estimate import estimate
+
+    setup = setup_from(args)
+    gpu = asked_gpu(setup)
+    report = estimate(setup)
+    found = advise.verdict(report, gpu)
+    batch, seq_len = advise.largest_micro_batch(setup), advise.largest_seq_len(setup)
+    smallest = advise.smallest_gpu(setup)
+    changes = advise.changes(setup)
+
+    def show(console: Console) -> None:
+        from planner.cli.tables import show_fit
+
+        show_fit(console, found, batch, seq_len, smallest, changes)
+
+    return Reply(
+        answer={
+            "verdict": found.to_dict(),
+            "largest_micro_batch": batch,
+            "largest_seq_len": seq_len,
+            "smallest_gpu": smallest.name if smallest else None,
+            "changes": [change.to_dict() for change in changes],
+            "report": report.to_dict(),
+        },
+        show=show,
+    )
