@@ -26,7 +26,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DATA = ("*.json", "*.jsonl", "py.typed")
+DATA = ("*.json", "*.jsonl", "*.svg", "py.typed")
 
 
 def lines(name: str) -> list[str]:
@@ -79,7 +79,7 @@ def description(wheel: Path) -> Message:
     """The wheel's METADATA."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        return email.message_from_bytes(archive.read(name))
+        return email.message_from_string(archive.read(name).decode())
 
 
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:

@@ -1,0 +1,222 @@
+"""README and CONTRIBUTING are true: every command in them runs, every output is what it prints today.
+
+Every `console` block of README.md is a command and its whole output; the Python example stands before the
+`text` block with what it prints. `python tests/test_docs.py` writes today's outputs into README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+WIDTH = 100  # columns of the outputs in README.md
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str, text: str | None = None) -> list[str]:
+    """The fenced code blocks of README.md in one language."""
+    return [body for name, body in BLOCK.findall(text or README.read_text()) if name == language]
+
+
+def printed(command: list[str]) -> str:
+    """Standard output of a command that succeeds, trailing spaces dropped, in a terminal of WIDTH columns."""
+    answer = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": str(WIDTH), "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert answer.returncode == 0, f"{command}: {answer.returncode}\n{answer.stderr}"
+    return "\n".join(line.rstrip() for line in answer.stdout.strip("\n").splitlines()) + "\n"
+
+
+def planner(arguments: list[str]) -> str:
+    """What `planner ARGUMENTS` prints."""
+    return printed([sys.executable, "-m", "planner", *arguments])
+
+
+def console(block: str) -> tuple[list[str], str]:
+    """A console block: the words after `$ planner`, and the output below."""
+    line, _, output = block.partition("\n")
+    while line.endswith("\\"):
+        more, _, output = output.partition("\n")
+        line = line[:-1] + more
+    dollar, program, *arguments = shlex.split(line)
+    assert (dollar, program) == ("$", "planner"), line
+    return arguments, output
+
+
+def answered(block: str) -> str:
+    """The console block with what its command prints today."""
+    arguments, output = console(block)
+    return block.removesuffix(output) + planner(arguments)
+
+
+EXAMPLES = blocks("console")
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: console(block)[0][0])
+def test_an_example_prints_what_stands_there(block: str) -> None:
+    assert answered(block) == block
+
+
+def test_the_python_example_prints_what_stands_there() -> None:
+    (code,) = blocks("python")
+    (output,) = blocks("text")
+    assert len(code.strip().splitlines()) <= 10
+    assert printed([sys.executable, "-W", "error", "-c", code]) == output
+
+
+def test_the_readme_s_table_lists_every_verb_and_no_other() -> None:
+    from planner.cli.parser import VERBS
+
+    assert sorted(re.findall(r"^\| `planner ([a-z]+)` \|", README.read_text(), re.MULTILINE)) == sorted(VERBS)
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)", README.read_text()))))
+def test_a_flag_of_the_readme_exists(flag: str) -> None:
+    from planner.cli.parser import VERBS
+
+    helps = " ".join(planner([verb, "--help"]) for verb in VERBS)
+    assert flag in re.findall(r"--[a-z-]+", helps)
+
+
+def test_the_hand_worked_example_is_what_the_planner_answers() -> None:
+    """7 billion parameters at 2 + 2 + 8 bytes, GB = 10^9 bytes, from the exact JSON answer."""
+    arguments = "compare --model params:7e9 --precision textbook --trainable-params 4e6 --tasks 5 --json"
+    answer = json.loads(planner(arguments.split()))
+    full, chosen, disk = answer["full"], answer["chosen"], answer["storage"]
+
+    def gb(size_bytes: int) -> str:
+        return f"{size_bytes / 10**9:.10g} GB"
+
+    def mb(size_bytes: int) -> str:
+        return f"{size_bytes / 10**6:.10g} MB"
+
+    base, added = gb(chosen["parts"]["base_weights"]), mb(chosen["parts"]["adapter_weights"])
+    trained = {part: mb(chosen["parts"][part]) for part in ("gradients", "optimizer_states")}
+    totals = gb(full["peak_allocated_bytes"]), gb(chosen["peak_allocated_bytes"])
+    rows = [
+        f"× 2 B = {gb(full['parts']['base_weights'])} | {base} frozen + {added} |",
+        f"× 2 B = {gb(full['parts']['gradients'])} | {trained['gradients']} |",
+        f"× 8 B = {gb(full['parts']['optimizer_states'])} | {trained['optimizer_states']} |",
+        f"| total | **{totals[0]}** | **{totals[1]}**, {100 * answer['reduction']:.1f} % less |",
+        f"5 × 14 GB = **{gb(disk['full_copies_bytes'])}** as full copies",
+        f"14 GB + 5 × 8 MB = **{gb(disk['base_and_adapters_bytes'])}** as one base and five adapters",
+    ]
+    assert [row for row in rows if row not in README.read_text()] == []
+    assert totals == ("84 GB", "14.048 GB")
+
+
+def test_the_matrix_of_the_readme_is_what_the_planner_counts() -> None:
+    arguments = "params --model meta-llama/Llama-3.1-8B --method lora --lora-rank 8 --target-modules q_proj"
+    (matrix,) = json.loads(planner([*arguments.split(), "--json"]))["adapted"]
+    rows, columns = matrix["shape"]
+    text = (
+        f"One {rows} × {columns} matrix has {matrix['full']:,} parameters; LoRA of rank 8 trains "
+        f"{matrix['trainable']:,} instead, {100 * matrix['reduction']:.1f} % fewer."
+    )
+    assert text in " ".join(README.read_text().split())
+
+
+def test_the_recipes_of_the_readme_take_the_bytes_it_says() -> None:
+    rows = re.findall(
+        r"^\| (`[a-z0-9-]+`(?:, `[a-z0-9-]+`)*) \|.*\| (\d+) \|$", README.read_text(), re.MULTILINE
+    )
+    said = {name: int(size) for names, size in rows for name in re.findall(r"`([^`]+)`", names)}
+    for precision, size in said.items():
+        answer = json.loads(
+            planner(["estimate", "--model", "params:1e9", "--precision", precision, "--json"])
+        )
+        kept = ("base_weights", "gradients", "optimizer_states")
+        assert sum(answer["parts"][part] for part in kept) == size * 10**9, precision
+    assert set(said) == {"fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"}
+
+
+def catalogue_counts() -> dict[str, int]:
+    """How many models and GPUs the catalogues hold."""
+    return {
+        "models": len(json.loads(planner(["models", "--json"]))["models"]),
+        "GPUs": len(json.loads(planner(["gpus", "--json"]))["gpus"]),
+    }
+
+
+def test_counts_in_the_readme_are_those_of_the_catalogue() -> None:
+    for what, number in catalogue_counts().items():
+        assert re.findall(rf"\((\d+) {what}\)", README.read_text()) == [str(number)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_paths_that_are_named_exist(name: str) -> None:
+    named = set(
+        re.findall(r"`((?:planner|tests|benchmarks|scripts|docs)/[\w./-]*)`", (ROOT / name).read_text())
+    )
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_contributing_fits_on_a_page() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 80
+
+
+def one_line(marker: str) -> str:
+    """The single command line between `<!-- marker -->` and `<!-- end -->`."""
+    (body,) = re.findall(rf"<!-- {marker} -->\n```\w*\n(.*?)```\n<!-- end -->", README.read_text(), re.DOTALL)
+    (line,) = body.strip().splitlines()
+    return str(line)
+
+
+def test_the_two_commands_start_from_nothing_but_python() -> None:
+    page, test = one_line("page command"), one_line("test command")
+    for command in (page, test):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -r requirements.txt")
+        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
+    assert page.endswith("&& .venv/bin/streamlit run app.py")
+    assert " -r tests/requirements.txt && " in test
+    assert test.endswith("&& .venv/bin/pytest")
+
+
+def test_continuous_integration_runs_the_readme_s_command() -> None:
+    extraction = "sed -n '/<!-- test command -->/,/<!-- end -->/p' README.md | grep -v -e '^<!--' -e '^```'"
+    assert extraction in (ROOT / ".ci" / "run").read_text()
+    found = subprocess.run(["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == one_line("test command")
+
+
+def rewritten(text: str) -> str:
+    """README.md with today's outputs."""
+
+    def fresh(match: re.Match[str]) -> str:
+        language, body = match.groups()
+        if language == "console":
+            body = answered(body)
+        elif language == "text":
+            (code,) = blocks("python", text)
+            body = printed([sys.executable, "-c", code])
+        return f"```{language}\n{body}```"
+
+    for what, number in catalogue_counts().items():
+        text = re.sub(rf"\(\d+ {what}\)", f"({number} {what})", text)
+    return BLOCK.sub(fresh, text)
+
+
+if __name__ == "__main__":
+    README.write_text(rewritten(README.read_text()))
