@@ -154,7 +154,7 @@ def opt(fields: Fields) -> FamilyModel:
 
 
 def bloom(fields: Fields) -> FamilyModel:
-    """BLOOM (arXiv:2211.05100): ALiBi positions, so no limit in the model but the one it was trained at."""
+    """BLOOM (arXiv:2211.05100): ALiBi positions (arXiv:2108.12409), so no limit on the sequence."""
     sizes = _sizes(fields, "n_embed", "hidden_size", heads=("n_head", "num_attention_heads"))
     hidden = sizes["hidden_size"]
     layers = _layers(fields, "n_layer", "num_hidden_layers")
@@ -191,9 +191,7 @@ def bloom(fields: Fields) -> FamilyModel:
         *norm("transformer.ln_f", hidden, leaves=_AFFINE),
         *_head(shape, "transformer.word_embeddings"),
     ]
-    return FamilyModel(
-        tensors=tuple(tensors), architecture=shape, max_positions=fields.optional_size("seq_length")
-    )
+    return FamilyModel(tensors=tuple(tensors), architecture=shape, max_positions=None)
 
 
 def falcon(fields: Fields) -> FamilyModel:
