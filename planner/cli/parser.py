@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
 }
 
 _NEEDS_VALUE = re.compile(r"argument (\S+): expected one argument")
+_NEGATIVE = re.compile(r"-[0-9.]")
 _TAKES_NONE = re.compile(r"argument (\S+): ignored explicit argument (.+)")
 
 
@@ -66,7 +67,7 @@ class _Program(Parser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parsed arguments, or SetupError."""
-        given: Sequence[str] = list(args or ())
+        given = _joined(args or ())
         name = next((word for word in given if not word.startswith("-")), None)
         if name is not None and name not in self.verbs:
             raise SetupError(f"unknown verb {name!r}; {nearest(name, self.verbs)}")
@@ -83,7 +84,20 @@ class _Program(Parser):
         if not flag.startswith("-"):
             return f"unexpected word {word!r}; a value follows its flag, and a list has no spaces."
         known = self.verbs[verb].flag_names() if verb else self.flag_names()
-        return f"unknown flag {flag!r}; {nearest(flag, known)}"
+        longer = [name for name in known if name.startswith(flag)]
+        near = f"did you mean {', '.join(longer)}?" if longer else nearest(flag, known)
+        return f"unknown flag {flag!r}; {near}"
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """`--seq-len -5` as `--seq-len=-5`: no flag starts with a digit, so a negative number is a value."""
+    joined: list[str] = []
+    for word in words:
+        if _NEGATIVE.match(word) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] = f"{joined[-1]}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def program() -> Parser:

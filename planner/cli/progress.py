@@ -1,4 +1,4 @@
-"""A progress bar on standard error, where that is a terminal."""
+"""A moving bar on standard error, where that is a terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["progress_bar"]
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, float], None] | None]:
-    """A function of (what runs, share done from 0 to 1) that draws, or None where nobody watches."""
+def progress_bar() -> Iterator[Callable[[str, int | None], None] | None]:
+    """A function of (phase, step) that says what runs, or None where nobody watches."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -20,9 +20,10 @@ def progress_bar() -> Iterator[Callable[[str, float], None] | None]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("simulating", total=1.0)
+        task = bar.add_task("build the model", total=None)
 
-        def draw(words: str, share: float) -> None:
-            bar.update(task, description=words, completed=share)
+        def draw(phase: str, step: int | None) -> None:
+            words = phase.replace("_", " ")
+            bar.update(task, description=f"{words}, step {step}" if step else words)
 
         yield draw

@@ -28,13 +28,20 @@ __all__ = [
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal
 _SOURCE_WORD = {"estimate": "predicted", "simulation": "simulated", "measurement": "measured"}
+_METHOD_WORD = {"lora": "LoRA", "adapter": "Adapters", "bitfit": "BitFit", "peft": "PEFT"}
 Size = Callable[[float], str]
+
+
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the exit code to `main`; called while rich handles BrokenPipeError."""
+        raise BrokenPipeError
 
 
 def screen() -> Console:
     """The console on standard output; text is printed as it is, without markup."""
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return Console(width=width, markup=False, highlight=False, emoji=False)
+    return _Screen(width=width, markup=False, highlight=False, emoji=False)
 
 
 def show_report(console: Console, report: MemoryReport, verdict: Verdict | None) -> None:
@@ -57,7 +64,7 @@ def show_report(console: Console, report: MemoryReport, verdict: Verdict | None)
     console.print(parts)
     phases = _table("Phase", "Peak allocated", "At its end")
     for phase in report.phases:
-        step = f" {phase.step}" if phase.step else ""
+        step = f", step {phase.step}" if phase.step else ""
         phases.add_row(
             f"{_words(phase.name)}{step}", size(phase.peak_allocated_bytes), size(phase.allocated_bytes)
         )
@@ -68,12 +75,10 @@ def show_report(console: Console, report: MemoryReport, verdict: Verdict | None)
         console.print(verdict.sentence)
 
 
-def show_comparison(
-    console: Console, both: Comparison, space: Storage, verdicts: Sequence[Verdict]
-) -> None:
+def show_comparison(console: Console, both: Comparison, space: Storage, verdicts: Sequence[Verdict]) -> None:
     """Both reports part by part, the trained parameters, and the disk space."""
     size = _size_of(both.chosen)
-    chosen = _words(str(both.chosen.setup["method"])) if both.chosen.setup["method"] != "lora" else "LoRA"
+    chosen = _METHOD_WORD[both.chosen.setup["method"]]
     _lead(console, both.chosen)
     table = _table("Part", "Full fine-tuning", chosen, "Saved", "Reduction")
     for part in both.parts:

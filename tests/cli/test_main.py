@@ -85,3 +85,13 @@ def test_a_reader_that_never_reads_is_quiet():
     script = f"{sys.executable} -m planner models | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_simulate_without_torch_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; from planner.cli import main; sys.exit(main())"
+    words = ["simulate", "--model", "gpt2", "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "planner: simulate needs torch, which is not installed; run pip install 'vram-planner[simulate]'.\n"
+    )

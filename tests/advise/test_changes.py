@@ -1,0 +1,118 @@
+"""What to change: each change is real, saves what it says, and is the cheapest first."""
+
+from __future__ import annotations
+
+import pytest
+
+from planner.advise import applied, changes, verdict
+from planner.errors import SetupError
+from planner.estimate import estimate
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, Setup, Training
+
+PRICES = ["nothing", "time", "numerics", "data", "method"]
+WASTEFUL = Training(micro_batch_size=8, seq_len=1024, precision="fp32", attention="eager")
+LLAMA = "meta-llama/Llama-3.2-1B"
+
+
+def wasteful(method=None, gpu="24GiB", model=LLAMA):
+    return Setup(model=model, method=method, training=WASTEFUL, gpu=gpu)
+
+
+@pytest.mark.parametrize(
+    "method", [FullFineTuning(), LoRA(target_modules=("all-linear",)), Adapter(adapter_kind="houlsby")]
+)
+def test_each_change_saves_what_it_says(method):
+    planned = wasteful(method)
+    before = estimate(planned).peak_allocated_bytes
+    found = changes(planned)
+    assert len(found) >= 5
+    for change in found:
+        after = estimate(applied(planned, change.keys))
+        assert change.peak_allocated_bytes == after.peak_allocated_bytes
+        assert change.saving_bytes == before - after.peak_allocated_bytes > 0
+        assert change.fits == verdict(after, planned.gpu).fits
+        assert "{" not in change.words
+
+
+def test_the_cheapest_change_comes_first():
+    found = changes(wasteful())
+    order = [PRICES.index(change.price) for change in found]
+    assert order == sorted(order)
+    for price in PRICES:
+        savings = [change.saving_bytes for change in found if change.price == price]
+        assert savings == sorted(savings, reverse=True)
+
+
+def test_the_changes_of_a_wasteful_full_fine_tuning():
+    keys = [dict(change.keys) for change in changes(wasteful())]
+    for expected in (
+        {"attention": "sdpa"},
+        {"activation_checkpointing": True},
+        {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"precision": "bf16"},
+        {"seq_len": 512},
+        {"method": "lora", "lora_rank": 8, "target_modules": "attention"},
+    ):
+        assert expected in keys, expected
+
+
+def test_harmless_changes_together_save_at_least_as_much_as_each():
+    found = changes(wasteful())
+    together = next(change for change in found if "together" in change.words)
+    assert together.price == "time"
+    assert together.keys["micro_batch_size"] == 1
+    harmless = [change for change in found if change.price in ("nothing", "time")]
+    assert together.saving_bytes == max(change.saving_bytes for change in harmless)
+
+
+def test_what_is_already_done_is_not_advised():
+    frugal = Setup(
+        model=LLAMA,
+        method=LoRA(),
+        training=Training(optimizer="adamw-fused", activation_checkpointing=True, seq_len=64),
+    )
+    assert changes(frugal) == ()
+
+
+def test_a_card_without_bf16_is_not_advised_bf16():
+    def precisions(method, gpu):
+        return [
+            change.keys["precision"]
+            for change in changes(wasteful(method, gpu))
+            if "precision" in change.keys
+        ]
+
+    assert precisions(LoRA(), "t4") == ["fp16"]
+    assert precisions(FullFineTuning(), "t4") == []  # weights trained in fp16 overflow
+    assert precisions(FullFineTuning(), "a100-80gb") == ["bf16"]
+
+
+def test_without_a_gpu_nothing_is_said_about_fitting():
+    assert {change.fits for change in changes(wasteful(gpu=None))} == {None}
+
+
+def test_bare_parameter_counts_get_the_changes_that_are_known():
+    full = Setup(model="params:7e9", training=Training(precision="fp32"))
+    assert {"precision": "bf16"} in [dict(change.keys) for change in changes(full)]
+    peft = Setup(model="params:7e9", method=PeftOfSize(trainable_params=10))
+    assert all(change.price != "method" for change in changes(peft))
+
+
+def test_applied_starts_a_method_afresh():
+    planned = Setup(model="gpt2", method=Adapter(adapter_size=8))
+    changed = applied(
+        planned, {"method": "lora", "lora_rank": 4, "target_modules": "attention", "seq_len": 64}
+    )
+    assert changed.method == LoRA(lora_rank=4)
+    assert changed.training.seq_len == 64
+    assert applied(planned, {"adapter_size": 4}).method == Adapter(adapter_size=4)
+    assert applied(planned, {"method": "bitfit"}).method == BitFit()
+    with pytest.raises(SetupError):
+        applied(planned, {"no_such_key": 1})
+
+
+def test_as_json():
+    change = changes(wasteful())[0]
+    assert list(change.to_dict()) == [
+        "words", "price", "cost", "keys", "peak_allocated_bytes", "saving_bytes", "fits",
+    ]  # fmt: skip
