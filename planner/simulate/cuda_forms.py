@@ -1,7 +1,7 @@
 """Steers operations on `meta` to the form they take on CUDA.
 
-Composite operations ask for the device and take a shorter path off CUDA; a function mode answers for
-CUDA. Each steering names the source that decides.
+Composite operations ask for the device and take another path off CUDA. Each steering names the source
+that decides.
 """
 
 from __future__ import annotations
@@ -13,76 +13,65 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from planner.simulate.attention import AttentionRules
 
-__all__ = ["CudaForms", "cuda_optimizers"]
+__all__ = ["cuda_forms", "cuda_optimizers"]
 
-_SOFTMAXES: dict[Any, Callable[..., torch.Tensor]] = {
-    F.softmax: torch._softmax,
-    torch.softmax: torch._softmax,
-    torch.Tensor.softmax: torch._softmax,
-    F.log_softmax: torch._log_softmax,
-    torch.log_softmax: torch._log_softmax,
-    torch.Tensor.log_softmax: torch._log_softmax,
-}
-_DROPOUTS = (F.dropout, torch.dropout)
-_SDPA = F.scaled_dot_product_attention
+@contextmanager
+def cuda_forms(rules: AttentionRules) -> Iterator[None]:
+    """Dropout, softmax and attention on `meta` as CUDA runs them; other devices are left alone.
 
-
-class CudaForms(TorchFunctionMode):
-    """Dropout, softmax and attention on `meta` as CUDA runs them."""
-
-    def __init__(self, rules: AttentionRules) -> None:
-        """`rules` choose the attention kernel."""
-        super().__init__()
-        self.rules = rules
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the CUDA form where there is one."""
-        kwargs = kwargs or {}
-        if func is _SDPA and _on_meta(args, kwargs, "query"):
-            return self.rules.attention(*args, **kwargs)
-        if func in _DROPOUTS and _on_meta(args, kwargs, "input"):
-            return _dropout(*args, **kwargs)
-        if func in _SOFTMAXES and _on_meta(args, kwargs, "input"):
-            fused = _half_to_float(_SOFTMAXES[func], *args, **kwargs)
-            if fused is not None:
-                return fused
-        return func(*args, **kwargs)
+    The functions themselves are replaced for the time of the context: a function mode would not reach
+    the recomputation of a checkpoint, which autograd runs with modes of its own.
+    """
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (F, "scaled_dot_product_attention", rules.attention),
+        (F, "dropout", _dropout),
+        (torch, "dropout", _dropout),
+    ]
+    for owner in (F, torch, torch.Tensor):
+        replaced.append((owner, "softmax", _softmax(owner.softmax, torch._softmax)))
+        replaced.append((owner, "log_softmax", _softmax(owner.log_softmax, torch._log_softmax)))
+    with ExitStack() as stack:
+        for owner, name, form in replaced:
+            original = getattr(owner, name)
+            stack.enter_context(mock.patch.object(owner, name, _on_meta(form, original)))
+        yield
 
 
-def _on_meta(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> bool:
-    tensor = args[0] if args else kwargs.get(name)
-    return isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"
+def _on_meta(form: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`form` where the first tensor is on `meta`, the original elsewhere."""
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        tensor = args[0] if args else kwargs.get("input", kwargs.get("query"))
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+            return form(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return chosen
+
+
+def _softmax(original: Callable[..., Any], fused: Callable[..., Any]) -> Callable[..., Any]:
+    """SoftMax.cpp: softmax of float16 to float32 is one operation on CUDA; bfloat16 is copied first."""
+
+    def softmax(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+        dim = kwargs.get("dim", args[0] if args and isinstance(args[0], int) else None)
+        if input.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
+            return fused(input, dim, True)
+        return original(input, *args, **kwargs)
+
+    return softmax
 
 
 def _dropout(
     input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
     """aten/src/ATen/native/Dropout.cpp: on CUDA the fused native_dropout with a bool mask."""
-    if not training or p == 0.0 or inplace or p == 1.0:
-        return torch.dropout(input, p, training) if training and p else input
+    if not training or p == 0.0:
+        return input
     return torch.native_dropout(input, p, training)[0]
-
-
-def _half_to_float(
-    softmax: Callable[..., torch.Tensor],
-    input: torch.Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-    **_other: Any,
-) -> torch.Tensor | None:
-    """SoftMax.cpp: softmax of float16 to float32 is one operation on CUDA; bfloat16 is copied first."""
-    if isinstance(_stacklevel, torch.dtype):
-        dtype = _stacklevel  # torch.softmax(input, dim, dtype)
-    if input.dtype != torch.float16 or dtype != torch.float32 or dim is None:
-        return None
-    return softmax(input, dim, True)
 
 
 @contextmanager

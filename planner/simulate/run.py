@@ -17,7 +17,7 @@ from planner.errors import TraceError
 from planner.report import MemoryReport, OutOfMemory, Parameters, Parts, PeakSite, Phase
 from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.simulate.attention import AttentionRules
-from planner.simulate.cuda_forms import CudaForms, cuda_optimizers
+from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import Ledger, TooManyEvents
 from planner.simulate.trace import Modules, Tracer
@@ -51,7 +51,7 @@ class Simulation:
         self.ledger = Ledger(self.allocator)
         self.modules = Modules()
         self.tracer = Tracer(self.ledger, Workspaces(capability=capability), self.modules)
-        self.forms = CudaForms(AttentionRules(capability=capability))
+        self.rules = AttentionRules(capability=capability)
         self.progress = progress
         self.phases: list[Phase] = []
         self.peak_reserved_bytes = 0
@@ -67,7 +67,7 @@ class Simulation:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
                 stack.enter_context(cuda_optimizers())
-                stack.enter_context(self.forms)
+                stack.enter_context(cuda_forms(self.rules))
                 stack.enter_context(self.tracer)
                 yield
         finally:

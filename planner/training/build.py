@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import nn
 
 from planner.errors import ModelError
 from planner.model import Model
-from planner.training.recipe import weight_dtype
 
-__all__ = ["built_model", "materialized", "skeleton"]
+__all__ = ["loaded", "skeleton"]
 
 _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -53,34 +51,29 @@ def skeleton(model: Model, *, dtype: torch.dtype, eager: bool = False) -> nn.Mod
     return net  # type: ignore[no-any-return]
 
 
-def materialized(net: nn.Module, device: torch.device) -> nn.Module:
-    """Give every parameter and buffer storage on `device`, in the order of `nn.Module.to`.
+def loaded(net: nn.Module, device: torch.device) -> nn.Module:
+    """A skeleton brought to `device` with random weights, tensor by tensor as `nn.Module.to` moves one.
 
-    Children come before a module's own tensors; tied weights stay tied and are allocated once.
-    Values are uninitialised until `initialize_weights` is called.
+    Modules come in order, a module's parameters before its buffers; tied weights are allocated once and stay
+    tied. This is the order of HF Trainer, which loads on the CPU and moves the model; loading with a
+    `device_map` takes one large block first (transformers' caching_allocator_warmup) and reserves otherwise.
     """
-    moved: dict[torch.Tensor, torch.Tensor] = {}
-    for module in _children_first(net):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in moved:
-                moved[parameter] = nn.Parameter(
-                    torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad
-                )
-            module.register_parameter(name, moved[parameter])  # type: ignore[arg-type]
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer not in moved:
-                moved[buffer] = torch.empty_like(buffer, device=device)
-            persistent = name not in module._non_persistent_buffers_set
-            module.register_buffer(name, moved[buffer], persistent=persistent)
-            if hasattr(module, "original_" + name):  # rotary embeddings keep a second reference
-                setattr(module, "original_" + name, moved[buffer])
-    return net
-
-
-def built_model(model: Model, *, precision: str, attention: str, device: torch.device) -> nn.Module:
-    """The model on `device` with random weights in the recipe's dtype."""
-    net = skeleton(model, dtype=weight_dtype(precision), eager=attention == "eager")
-    materialized(net, device)
+    moved: dict[int, torch.Tensor] = {}
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in moved:
+                    storage = torch.empty_like(parameter, device=device, requires_grad=False)
+                    moved[id(parameter)] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in moved:
+                    moved[id(buffer)] = torch.empty_like(buffer, device=device)
+                module._buffers[name] = moved[id(buffer)]
+        for name, value in list(vars(module).items()):  # rotary embeddings keep a second reference
+            if isinstance(value, torch.Tensor) and id(value) in moved:
+                vars(module)[name] = moved[id(value)]
     if device.type != "meta":
         _initialized(net)
     return net
@@ -93,9 +86,3 @@ def _initialized(net: Any) -> None:
     for tensor in (*net.parameters(), *net.buffers()):
         tensor._is_hf_initialized = False
     net.initialize_weights()
-
-
-def _children_first(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from _children_first(child)
-    yield module

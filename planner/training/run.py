@@ -13,9 +13,9 @@ from torch import nn
 from planner.spec import Setup
 from planner.training.attach import attached
 from planner.training.attention import attention_kernels
-from planner.training.build import built_model
+from planner.training.build import loaded, skeleton
 from planner.training.optimizers import optimizer_for
-from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast
+from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, weight_dtype
 
 __all__ = ["Loop", "PhaseHook", "TrainingRun"]
 
@@ -24,14 +24,15 @@ PhaseHook = Callable[[str, int | None], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """How the loop around the step is written; the defaults are HF Trainer's.
+    """How the loop around the step is written; the defaults are the plain PyTorch loop.
 
-    `keep_outputs`: the output object (logits) stays alive through the backward pass, as in a loop that
-    holds `outputs`; Trainer's `compute_loss` returns the loss only. `separate_labels`: labels are a
-    tensor of their own, as a collator makes them.
+    `keep_outputs`: the batch and the output object (with the logits) stay alive to the end of the step, as in
+    a step that says `outputs = model(**batch)`; HF Trainer's `compute_loss` returns the loss alone, so its
+    logits die before the backward pass. `separate_labels`: labels are a tensor of
+    their own, as a collator makes them.
     """
 
-    keep_outputs: bool = False
+    keep_outputs: bool = True
     separate_labels: bool = True
 
 
@@ -50,23 +51,26 @@ class TrainingRun:
         loop: Loop | None = None,
         autocast: Autocast = cuda_autocast,
     ) -> None:
-        """Nothing is built yet."""
+        """The model's skeleton is built on `meta`; nothing is on the device yet."""
         self.setup = setup
         self.device = device
         self.phases = phases
         self.loop = loop or Loop()
         self.autocast = autocast
-        self.net: nn.Module
+        self.net = skeleton(
+            setup.model,
+            dtype=weight_dtype(setup.training.precision),
+            eager=setup.training.attention == "eager",
+        )
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
+        self._kept: Any = None
 
     def prepare(self) -> None:
         """Load the model and attach the method: phases `load` and `attach`."""
         setup, training = self.setup, self.setup.training
         with self.phases("load", None):
-            self.net = built_model(
-                setup.model, precision=training.precision, attention=training.attention, device=self.device
-            )
+            loaded(self.net, self.device)
             if training.activation_checkpointing:
                 self.net.gradient_checkpointing_enable(  # type: ignore[operator]
                     gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -82,21 +86,24 @@ class TrainingRun:
         """One optimizer step, all its micro batches included; phases carry the step's number."""
         training = self.setup.training
         with attention_kernels(training.attention):
-            for micro in range(training.gradient_accumulation_steps):
+            for _micro in range(training.gradient_accumulation_steps):
                 inputs = self._inputs()
                 with self.phases("forward", number):
-                    loss, _kept = self._loss(inputs)
+                    loss, outputs = self._loss(inputs)
                     if training.gradient_accumulation_steps > 1:
                         loss = loss / training.gradient_accumulation_steps
-                del inputs
+                if self.loop.keep_outputs:
+                    self._kept = inputs, outputs, loss
+                del inputs, outputs
                 with self.phases("backward", number):
                     loss.backward()  # type: ignore[no-untyped-call]
-                del loss, _kept
+                del loss
         with self.phases("optimizer_step", number):
             if training.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.trained, training.clip_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self._kept = None
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The loss, and the output object where the loop keeps it alive."""
@@ -109,7 +116,7 @@ class TrainingRun:
             with self.autocast(dtype):
                 outputs = self.net(**inputs)
             outputs = convert_outputs_to_fp32(lambda: outputs)()  # type: ignore[no-untyped-call]
-        return outputs.loss, outputs if self.loop.keep_outputs else None
+        return outputs.loss, outputs
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         """Random token ids `[b, s]` (int64) and labels, without an attention mask: no padding."""
