@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +14,7 @@ from planner.catalog.families.fields import Fields
 from planner.catalog.families.tensors import embedding, head, linear, norm, parameter
 from planner.model import Architecture, WeightTensor
 
-__all__ = ["FamilyModel", "Layout", "architecture", "decoder", "with_sliding"]
+__all__ = ["FamilyModel", "Layout", "all_but_every", "architecture", "decoder", "with_sliding"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,18 +95,27 @@ def architecture(
     )
 
 
-def with_sliding(fields: Fields, shape: Architecture, *, window: int | None, every: int = 1) -> Architecture:
-    """`shape` with its sliding window; without `layer_types` all layers but each `every`-th have it.
+def with_sliding(
+    fields: Fields, shape: Architecture, *, window: int | None, layers: Sequence[int] | None = None
+) -> Architecture:
+    """`shape` with its sliding window; `window` is the family's default, `sliding_window: null` is off.
 
-    `window` is the family's default; `sliding_window: null` turns it off. `every` 1: all layers.
+    `layers` None: the window holds everywhere and `layer_types` is not read. Otherwise `layer_types`
+    decides, and `layers` are those that have the window where it is absent.
     """
     size = fields.size("sliding_window", default=window, least=1) if _has_window(fields, window) else None
     if size is None:
         return shape
-    layers = fields.sliding_layers(shape.num_layers)
-    if layers is None:
-        layers = tuple(i for i in range(shape.num_layers) if every == 1 or (i + 1) % every)
-    return replace(shape, sliding_window=size if layers else None, sliding_layers=layers)
+    chosen = tuple(range(shape.num_layers))
+    if layers is not None:
+        listed = fields.sliding_layers(shape.num_layers)
+        chosen = tuple(layers) if listed is None else listed
+    return replace(shape, sliding_window=size if chosen else None, sliding_layers=chosen)
+
+
+def all_but_every(count: int, layers: int) -> tuple[int, ...]:
+    """All of `layers` but each `count`-th: the layers with a window where the others see everything."""
+    return tuple(layer for layer in range(layers) if (layer + 1) % count)
 
 
 def _has_window(fields: Fields, window: int | None) -> bool:

@@ -7,7 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from planner.catalog.families.decoder import FamilyModel, Layout, architecture, decoder, with_sliding
+from planner.catalog.families.decoder import (
+    FamilyModel,
+    Layout,
+    all_but_every,
+    architecture,
+    decoder,
+    with_sliding,
+)
 from planner.catalog.families.fields import Fields
 from planner.model import Architecture
 
@@ -40,7 +47,12 @@ def qwen3_moe(fields: Fields) -> FamilyModel:
 def gpt_oss(fields: Fields) -> FamilyModel:
     """gpt-oss 20b and 120b (arXiv:2508.10925): attention sinks, biases, a window in every other layer."""
     shape = architecture(fields, layer_class="GptOssDecoderLayer", key_value_heads=8, head_dim=64)
-    shape = _routed(fields, with_sliding(fields, shape, window=128, every=2), experts=128, chosen=4)
+    shape = _routed(
+        fields,
+        with_sliding(fields, shape, window=128, layers=all_but_every(2, shape.num_layers)),
+        experts=128,
+        chosen=4,
+    )
     bias = fields.flag("attention_bias", default=True)
     layout = Layout(
         output_bias=bias,

@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from planner.catalog.families.decoder import FamilyModel, Layout, architecture, decoder, with_sliding
+from planner.catalog.families.decoder import (
+    FamilyModel,
+    Layout,
+    all_but_every,
+    architecture,
+    decoder,
+    with_sliding,
+)
 from planner.catalog.families.fields import Fields
 from planner.model import Architecture
 
-__all__ = ["FAMILIES", "qwen_sliding"]
+__all__ = ["FAMILIES"]
 
 _LAYERNORM = ("weight", "bias")
 _SANDWICH = (
@@ -25,40 +32,36 @@ _SANDWICH = (
 
 def llama(fields: Fields) -> FamilyModel:
     """LLaMA 1 to 3, and every checkpoint published in its form (Yi, Vicuna, TinyLlama, SmolLM2)."""
-    return _llama_like(fields, "LlamaDecoderLayer", max_positions=2048, hidden_is_a_multiple=True)
+    return _llama_like(fields, "LlamaDecoderLayer", hidden_is_a_multiple=True)
 
 
 def granite(fields: Fields) -> FamilyModel:
     """IBM Granite 3: LLaMA with four scalar multipliers, which are no parameters."""
-    return _llama_like(fields, "GraniteDecoderLayer", max_positions=2048)
+    return _llama_like(fields, "GraniteDecoderLayer")
 
 
 def smollm3(fields: Fields) -> FamilyModel:
-    """SmolLM3: LLaMA without rotary positions in every fourth layer."""
-    return _llama_like(fields, "SmolLM3DecoderLayer", max_positions=32768, tied=True, key_value_heads=4)
-
-
-def _llama_like(
-    fields: Fields,
-    layer_class: str,
-    *,
-    max_positions: int,
-    tied: bool = False,
-    key_value_heads: int | None = None,
-    hidden_is_a_multiple: bool = False,
-) -> FamilyModel:
-    shape = architecture(
-        fields,
-        layer_class=layer_class,
-        tied=tied,
-        key_value_heads=key_value_heads,
-        hidden_is_a_multiple=hidden_is_a_multiple,
-    )
+    """SmolLM3: LLaMA without rotary positions in every fourth layer; those take the window, if any."""
     bias = fields.flag("attention_bias")
+    shape = architecture(fields, layer_class="SmolLM3DecoderLayer", tied=True, key_value_heads=4)
     shape = replace(shape, attention_bias=bias, mlp_bias=fields.flag("mlp_bias"))
     if fields.flag("use_sliding_window"):
-        shape = with_sliding(fields, shape, window=None)
-    return decoder(fields, shape, Layout(output_bias=bias), max_positions=max_positions)
+        rotary = fields.value("no_rope_layers")  # 1: the layer has rotary positions
+        every = fields.size("no_rope_layer_interval", default=4)
+        if rotary is None:
+            rotary = [(layer + 1) % every for layer in range(shape.num_layers)]
+        if not isinstance(rotary, list) or len(rotary) < shape.num_layers:
+            raise fields.error(f"no_rope_layers must be a list of {shape.num_layers} zeros and ones.")
+        layers = [layer for layer in range(shape.num_layers) if not rotary[layer]]
+        shape = with_sliding(fields, shape, window=None, layers=layers)
+    return decoder(fields, shape, Layout(output_bias=bias), max_positions=32768)
+
+
+def _llama_like(fields: Fields, layer_class: str, *, hidden_is_a_multiple: bool = False) -> FamilyModel:
+    shape = architecture(fields, layer_class=layer_class, hidden_is_a_multiple=hidden_is_a_multiple)
+    bias = fields.flag("attention_bias")
+    shape = replace(shape, attention_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+    return decoder(fields, shape, Layout(output_bias=bias), max_positions=2048)
 
 
 def mistral(fields: Fields) -> FamilyModel:
@@ -71,7 +74,7 @@ def mistral(fields: Fields) -> FamilyModel:
 def qwen2(fields: Fields) -> FamilyModel:
     """Qwen 1.5, 2 and 2.5 (arXiv:2412.15115): biases on q, k and v."""
     shape = architecture(fields, layer_class="Qwen2DecoderLayer", key_value_heads=32)
-    shape = qwen_sliding(fields, replace(shape, attention_bias=True))
+    shape = _qwen_sliding(fields, replace(shape, attention_bias=True))
     return decoder(fields, shape, Layout(), max_positions=32768)
 
 
@@ -79,20 +82,16 @@ def qwen3(fields: Fields) -> FamilyModel:
     """Qwen3 (arXiv:2505.09388): q and k normalized by head."""
     shape = architecture(fields, layer_class="Qwen3DecoderLayer", key_value_heads=32, head_dim=128)
     bias = fields.flag("attention_bias")
-    shape = qwen_sliding(fields, replace(shape, attention_bias=bias, qk_norm="head"))
+    shape = _qwen_sliding(fields, replace(shape, attention_bias=bias, qk_norm="head"))
     return decoder(fields, shape, Layout(output_bias=bias), max_positions=32768)
 
 
-def qwen_sliding(fields: Fields, shape: Architecture) -> Architecture:
+def _qwen_sliding(fields: Fields, shape: Architecture) -> Architecture:
     """Qwen's window: off unless `use_sliding_window`, then from layer `max_window_layers` on."""
     if not fields.flag("use_sliding_window"):
         return shape
     first = fields.size("max_window_layers", default=28, least=0)
-    shape = with_sliding(fields, shape, window=4096)
-    if fields.value("layer_types") is not None:
-        return shape
-    layers = tuple(layer for layer in shape.sliding_layers if layer >= first)
-    return replace(shape, sliding_layers=layers, sliding_window=shape.sliding_window if layers else None)
+    return with_sliding(fields, shape, window=4096, layers=range(first, shape.num_layers))
 
 
 def gemma(fields: Fields) -> FamilyModel:
@@ -146,7 +145,7 @@ def _sandwich(
     )
     bias = fields.flag("attention_bias")
     shape = replace(
-        with_sliding(fields, shape, window=4096, every=every),
+        with_sliding(fields, shape, window=4096, layers=all_but_every(every, shape.num_layers)),
         attention_bias=bias,
         embedding_scale=True,
         norm_placement="sandwich",
