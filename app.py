@@ -8,10 +8,11 @@ st.set_page_config(
     page_title="VRAM Planner",
     page_icon="planner/dashboard/favicon.svg",
     layout="wide",
-    initial_sidebar_state="auto",
+    initial_sidebar_state=320,
 )
 pages = [
     st.Page("planner/dashboard/plan.py", title="Plan", icon=":material/memory:", default=True),
+    st.Page("planner/dashboard/method.py", title="Method", icon=":material/function:"),
 ]
 page = st.navigation(pages, position="top")
 sidebar()

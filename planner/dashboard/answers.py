@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.advise import Verdict, verdict
+from planner.catalog.gpus import Gpu, gpus
 from planner.compare import Comparison, comparison, full_of
 from planner.dashboard import state
 from planner.dashboard.fields import method_fields, training_fields
@@ -18,7 +19,7 @@ from planner.estimate import estimate
 from planner.report import MemoryReport
 from planner.spec import METHODS, FullFineTuning, Setup, Training
 
-__all__ = ["Answer", "LabelledReport", "answer", "current_setup", "setup_of"]
+__all__ = ["Answer", "LabelledReport", "answer", "cards", "current_setup", "setup_of"]
 
 LabelledReport = tuple[str, MemoryReport]
 
@@ -81,6 +82,15 @@ def answer(setup: Setup, more: Sequence[MemoryReport] = ()) -> Answer:
         verdict=None if setup.gpu is None else verdict(chosen, setup.gpu),
         rows=tuple((_label(report), report) for report in reports),
         measured=next((report for report in more if report.source == "measurement"), None),
+    )
+
+
+def cards(setup: Setup) -> tuple[tuple[Gpu, Verdict], ...]:
+    """Every GPU of the catalogue with this run's verdict on it: what fits first, from the smallest up."""
+    found = [(card, verdict(estimate(setup.replace(gpu=card)), card)) for card in gpus()]
+    order = ("fits", "tight", "not known", "does not fit")
+    return tuple(
+        sorted(found, key=lambda pair: (order.index(pair[1].word), pair[0].total_bytes, pair[0].name))
     )
 
 

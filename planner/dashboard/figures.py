@@ -8,25 +8,27 @@ import plotly.graph_objects as go
 
 from planner.advise import Verdict
 from planner.compare import Comparison
+from planner.dashboard.palette import ADDED, LINE, PART_COLOURS, SAVED, TOTAL
 from planner.dashboard.words import PART_HELP, PART_TITLES
 from planner.report import PARTS, MemoryReport
 from planner.units import GIB, gib
 
-__all__ = ["CONFIG", "bars", "bars_alt", "waterfall", "waterfall_alt"]
+__all__ = ["CONFIG", "bars", "bars_alt", "legend", "waterfall", "waterfall_alt"]
 
 CONFIG = {"displayModeBar": False, "scrollZoom": False, "responsive": True}
-# Middle tones: seen on white and on the dark background (a black line would vanish there).
-LINE_COLOUR = "#7d8896"
-_SAVED_COLOUR, _ADDED_COLOUR, _TOTAL_COLOUR = "#2b9777", "#bd7315", "#848fa1"
-_ROW_PIXELS, _AROUND_PIXELS = 62, 104
-_LEGEND = {"orientation": "h", "yanchor": "top", "y": -0.02, "x": 0, "xanchor": "left", "traceorder": "normal"}
+_LIST = "display:flex;flex-wrap:wrap;gap:0.15rem 1.1rem;margin:0;padding:0;list-style:none;font-size:0.85rem"
+_ENTRY = "display:flex;align-items:center;gap:0.4rem;margin:0"
+_SWATCH = "display:inline-block;width:0.8rem;height:0.8rem;border-radius:2px;flex:none;"
+_MARK = "display:inline-block;width:1.3rem;height:0;flex:none;"
+_HATCH = f"repeating-linear-gradient(135deg,{LINE} 0 2px,transparent 2px 5px)"
+_ROW_PIXELS, _AROUND_PIXELS = 58, 62
 
 
 def bars(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = None) -> go.Figure:
     """Stacked bars, a row for each report, first on top; the card's capacity as a dashed line.
 
-    The colours are the theme's ten, by position, so all eight parts are always drawn. Hatched rows
-    were measured.
+    Hatched rows were measured. The legend is HTML under the figure (`legend`): plotly's own becomes a
+    scroll box on a narrow screen.
     """
     figure = go.Figure()
     labels = [_row_label(label, report) for label, report in rows]
@@ -38,8 +40,7 @@ def bars(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = Non
             x=[size / GIB for size in sizes_bytes],
             orientation="h",
             name=PART_TITLES[part],
-            showlegend=any(sizes_bytes),
-            marker={"pattern": {"shape": hatches, "solidity": 0.25}, "line": {"width": 0}},
+            marker={"color": PART_COLOURS[part], "pattern": {"shape": hatches, "solidity": 0.25}},
             customdata=[[gib(size), PART_HELP[part]] for size in sizes_bytes],
             hovertemplate="%{y}<br><b>%{fullData.name}: %{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
         )
@@ -51,16 +52,38 @@ def bars(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = Non
         barmode="stack",
         bargap=0.38,
         height=_AROUND_PIXELS + _ROW_PIXELS * len(rows),
-        margin={"l": 0, "r": 8, "t": 26, "b": 0},
-        legend=_LEGEND | {"y": -0.24 if len(rows) > 1 else -0.4},
+        margin={"l": 0, "r": 8, "t": 24, "b": 0},
+        showlegend=False,
         yaxis={"autorange": "reversed", "ticks": "", "fixedrange": True, "automargin": True},
         xaxis={
-            "title": None, "ticksuffix": " GiB", "range": [0, longest_bytes / GIB * 1.04], "fixedrange": True,
-            "nticks": 8, "zeroline": False,
+            "title": None,
+            "ticksuffix": " GiB",
+            "showticksuffix": "last",
+            "range": [0, longest_bytes / GIB * 1.04],
+            "fixedrange": True,
+            "nticks": 8,
+            "zeroline": False,
         },
         hoverlabel={"align": "left"},
     )
     return figure
+
+
+def legend(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = None) -> str:
+    """The bars' legend as HTML that wraps on any width: the parts that some row has, and the marks."""
+    parts = [part for part in PARTS if any(getattr(report.parts, part) for _, report in rows)]
+    entries = [
+        f'<span style="{_SWATCH}background:{PART_COLOURS[part]}"></span>{PART_TITLES[part]}' for part in parts
+    ]
+    if verdict is not None:
+        entries.append(f'<span style="{_MARK}border-top:3px dashed {LINE}"></span>What the card can give')
+        entries.append(
+            f'<span style="{_MARK}border-top:2px solid {LINE}"></span>At most on the card, with reserve and context'
+        )
+    if any(report.source == "measurement" for _, report in rows):
+        entries.append(f'<span style="{_SWATCH}background:{_HATCH}"></span>Measured')
+    items = "".join(f'<li style="{_ENTRY}">{entry}</li>' for entry in entries)
+    return f'<ul style="{_LIST}">{items}</ul>'
 
 
 def bars_alt(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = None) -> str:
@@ -81,7 +104,11 @@ def waterfall(compared: Comparison, full_title: str, chosen_title: str) -> go.Fi
     steps = [part for part in compared.parts if part.saved_bytes]
     names = [full_title, *(PART_TITLES[part.name] for part in steps), chosen_title]
     changes_bytes = [-part.saved_bytes for part in steps]
-    shown = [gib(compared.peak.full_bytes), *(_signed(size) for size in changes_bytes), gib(compared.peak.chosen_bytes)]
+    shown = [
+        gib(compared.peak.full_bytes),
+        *(_signed(size) for size in changes_bytes),
+        gib(compared.peak.chosen_bytes),
+    ]
     figure = go.Figure(
         go.Waterfall(
             orientation="h",
@@ -92,10 +119,10 @@ def waterfall(compared: Comparison, full_title: str, chosen_title: str) -> go.Fi
             textposition="outside",
             cliponaxis=False,
             hovertemplate="%{y}<br><b>%{text}</b><extra></extra>",
-            decreasing={"marker": {"color": _SAVED_COLOUR}},
-            increasing={"marker": {"color": _ADDED_COLOUR}},
-            totals={"marker": {"color": _TOTAL_COLOUR}},
-            connector={"line": {"color": LINE_COLOUR, "width": 1, "dash": "dot"}},
+            decreasing={"marker": {"color": SAVED}},
+            increasing={"marker": {"color": ADDED}},
+            totals={"marker": {"color": TOTAL}},
+            connector={"line": {"color": LINE, "width": 1, "dash": "dot"}},
         )
     )
     widest = max(compared.peak.full_bytes, compared.peak.chosen_bytes) / GIB
@@ -104,7 +131,13 @@ def waterfall(compared: Comparison, full_title: str, chosen_title: str) -> go.Fi
         height=60 + 34 * len(names),
         margin={"l": 0, "r": 8, "t": 8, "b": 0},
         yaxis={"autorange": "reversed", "fixedrange": True, "automargin": True, "ticks": ""},
-        xaxis={"ticksuffix": " GiB", "range": [0, widest * 1.18], "fixedrange": True, "nticks": 6},
+        xaxis={
+            "ticksuffix": " GiB",
+            "showticksuffix": "last",
+            "range": [0, widest * 1.18],
+            "fixedrange": True,
+            "nticks": 6,
+        },
     )
     return figure
 
@@ -112,11 +145,11 @@ def waterfall(compared: Comparison, full_title: str, chosen_title: str) -> go.Fi
 def waterfall_alt(compared: Comparison) -> str:
     """What the waterfall says, in a sentence."""
     steps = ", ".join(
-        f"{PART_TITLES[part.name].lower()} {_signed(-part.saved_bytes)}" for part in compared.parts if part.saved_bytes
+        f"{PART_TITLES[part.name].lower()} {_signed(-part.saved_bytes)}"
+        for part in compared.parts
+        if part.saved_bytes
     )
-    return (
-        f"From {gib(compared.peak.full_bytes)} with full fine-tuning to {gib(compared.peak.chosen_bytes)}: {steps}."
-    )
+    return f"From {gib(compared.peak.full_bytes)} with full fine-tuning to {gib(compared.peak.chosen_bytes)}: {steps}."
 
 
 def _add_card(
@@ -129,15 +162,19 @@ def _add_card(
                 x=[report.peak_allocated_bytes / GIB, verdict.upper_bytes / GIB],
                 y=[labels[position]] * 2,
                 mode="lines+markers",
-                name="At most on the card, with reserve and context",
-                marker={"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": LINE_COLOUR}},
-                line={"color": LINE_COLOUR, "width": 2},
+                marker={"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": LINE}},
+                line={"color": LINE, "width": 2},
                 hovertemplate=f"At most {gib(verdict.upper_bytes)} on the card<extra></extra>",
             )
     at = verdict.capacity_bytes / GIB
-    figure.add_vline(x=at, line={"color": LINE_COLOUR, "width": 2, "dash": "dash"})
+    figure.add_vline(x=at, line={"color": LINE, "width": 2, "dash": "dash"})
     figure.add_annotation(
-        x=at, y=1, yref="paper", yanchor="bottom", showarrow=False, xanchor="auto",
+        x=at,
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        showarrow=False,
+        xanchor="auto",
         text=f"{verdict.gpu}: {gib(verdict.capacity_bytes)}",
     )
 

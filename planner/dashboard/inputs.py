@@ -31,12 +31,8 @@ def sidebar() -> None:
         model = _model()
         method = _method(model)
         fields = {field.name: field for field in training_fields()}
-        left, right = st.columns(2, gap="small")
-        with left:
-            _input(fields["seq_len"], model)
-        with right:
-            _input(fields["micro_batch_size"], model)
-        _input(fields["activation_checkpointing"], model)
+        for name in _FIRST:
+            _input(fields[name], model)
         _gpu()
         own = method_fields(method)
         if own:
@@ -64,7 +60,6 @@ def _model() -> Model | None:
         bind="query-params",
         help=FIELD_HELP["model"],
         accept_new_options=True,
-        required=True,
         filter_mode="contains",
         disabled=bool(config),
         on_change=state.dismiss_warnings,
@@ -80,7 +75,9 @@ def _config_json() -> None:
     """A config.json of one's own instead of a catalogue entry: pasted or uploaded."""
     if state.config_text():
         st.caption(":material/description: Your own config.json is planned. It is not part of the link.")
-        st.button("Back to the catalogue", icon=":material/undo:", on_click=state.forget_config, width="stretch")
+        st.button(
+            "Back to the catalogue", icon=":material/undo:", on_click=state.forget_config, width="stretch"
+        )
         return
     with st.popover("Use my own config.json", icon=":material/upload_file:", width="stretch"):
         uploaded = st.file_uploader("Upload a config.json", type=["json"], key="_upload", max_upload_size=1)
@@ -107,7 +104,7 @@ def _method(model: Model | None) -> str:
     default = DEFAULTS["method"] if DEFAULTS["method"] in options else PeftOfSize.name
     if st.session_state.get("method", default) not in options:
         st.session_state["method"] = default
-    chosen = st.segmented_control(
+    chosen = st.pills(
         field_label("method"),
         options,
         default=default,
@@ -132,7 +129,6 @@ def _gpu() -> None:
         bind="query-params",
         help=FIELD_HELP["gpu"],
         accept_new_options=True,
-        required=True,
         filter_mode="contains",
         on_change=state.dismiss_warnings,
     )
@@ -154,9 +150,7 @@ def _input(field: Field, model: Model | None) -> None:
         st.selectbox(label, field.choices, index=field.choices.index(default), **common)
     elif field.kind == "names":
         options = _target_options(model)
-        st.selectbox(
-            label, options, index=options.index(default), accept_new_options=True, required=True, **common
-        )
+        st.selectbox(label, options, index=options.index(default), accept_new_options=True, **common)
     elif field.kind == "whole":
         st.number_input(
             label, value=default, min_value=1, max_value=10**9, step=int(_STEPS.get(field.name, 1)), **common
@@ -177,9 +171,7 @@ def _target_options(model: Model | None) -> list[str]:
 
 def _actions() -> None:
     flat = state.asked()
-    st.button(
-        "Reset", key="_reset", icon=":material/restart_alt:", on_click=state.reset, width="stretch"
-    )
+    st.button("Reset", key="_reset", icon=":material/restart_alt:", on_click=state.reset, width="stretch")
     with st.popover("Copy link", icon=":material/link:", width="stretch"):
         st.caption("Every setting spelled out. Use the button at the right end of the line to copy it.")
         st.code(link(str(st.context.url or ""), flat), language=None, wrap_lines=True)

@@ -92,7 +92,9 @@ def _check_value(field: Field, text: str) -> None:
         Setup(model=catalog.bare_model("params:1e9")).replace(**{field.name: value})
         return
     owner = next(cls for name, cls in METHODS.items() if field in method_fields(name))
-    needed = {f.name: default_of(f) for f in method_fields(owner.name) if f.default is None and not f.optional}
+    needed = {
+        f.name: default_of(f) for f in method_fields(owner.name) if f.default is None and not f.optional
+    }
     owner(**{**needed, field.name: value})
 
 

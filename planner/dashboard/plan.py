@@ -7,6 +7,7 @@ import streamlit as st
 from planner.advise import largest_micro_batch
 from planner.dashboard import figures, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
+from planner.dashboard.details import details, nearest_change, waterfall
 from planner.dashboard.words import method_title, peak_place
 from planner.report import PARTS
 from planner.units import count, gib, percent
@@ -29,8 +30,15 @@ def page() -> None:
     if problem:
         _problem(problem, shown)
     _verdict(shown)
+    nearest_change(shown)
     _cards(shown)
     _bars(shown)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _table(shown)
+    with right:
+        waterfall(shown)
+    details(shown)
 
 
 def _problem(problem: str, shown: Answer) -> None:
@@ -52,8 +60,8 @@ def _verdict(shown: Answer) -> None:
 
 def _cards(shown: Answer) -> None:
     chosen, peak = shown.chosen, shown.comparison.peak
-    cards = st.columns(4, gap="small")
-    with cards[0]:
+    row = st.container(horizontal=True, gap="small")
+    with row:
         against = None if shown.is_full else f"{gib(peak.saved_bytes)} less than full"
         if peak.saved_bytes < 0:
             against = f"{gib(-peak.saved_bytes)} more than full"
@@ -67,18 +75,16 @@ def _cards(shown: Answer) -> None:
             height="stretch",
             help=f"Peak of allocated memory, by formula. It is reached in {peak_place(chosen)}.",
         )
-    with cards[1]:
         st.metric(
             "Measured peak",
             "Not measured",
-            "no run of this setup is recorded",
+            "no run recorded",
             delta_color="off",
             delta_arrow="off",
             border=True,
             height="stretch",
             help="Only what a CUDA device produced is shown as measured.",
         )
-    with cards[2]:
         st.metric(
             "Trainable parameters",
             count(chosen.parameters.trainable),
@@ -88,7 +94,6 @@ def _cards(shown: Answer) -> None:
             border=True,
             height="stretch",
         )
-    with cards[3]:
         _largest_card(shown)
 
 
@@ -115,10 +120,14 @@ def _bars(shown: Answer) -> None:
         config=figures.CONFIG,
         alt=figures.bars_alt(shown.rows, shown.verdict),
     )
+    st.html(figures.legend(shown.rows, shown.verdict))
     if any(part in report.not_known for _, report in shown.rows for part in PARTS):
         for note in shown.chosen.notes:
             st.caption(f":material/info: {note}")
-    st.table(tables.parts_table(shown.rows), border="horizontal")
+
+
+def _table(shown: Answer) -> None:
+    st.html(tables.parts_table(shown.rows, None if shown.is_full else shown.comparison))
     with st.container(horizontal=True):
         st.download_button(
             "CSV",

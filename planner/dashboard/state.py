@@ -80,7 +80,12 @@ def dismiss_warnings() -> None:
 def asked() -> dict[str, Any]:
     """The inputs as flat keys, as `Setup.from_dict` takes them, in the order of the sidebar."""
     method = st.session_state["method"]
-    names = ["model", "method", *(field.name for field in (*method_fields(method), *training_fields())), "gpu"]
+    names = [
+        "model",
+        "method",
+        *(field.name for field in (*method_fields(method), *training_fields())),
+        "gpu",
+    ]
     return {name: st.session_state[name] for name in names if name in st.session_state}
 
 

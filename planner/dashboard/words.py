@@ -7,10 +7,13 @@ from planner.report import MemoryReport
 __all__ = [
     "FIELD_HELP",
     "FIELD_LABELS",
+    "GLOSSARY",
     "METHOD_CAPTIONS",
+    "NOT_COUNTED",
     "PART_HELP",
     "PART_TITLES",
     "PHASE_TITLES",
+    "SIGNS",
     "SOURCE_TITLES",
     "field_label",
     "method_title",
@@ -108,6 +111,26 @@ FIELD_HELP = {
     "adapter_size": "Width of the bottleneck; empty means 64.",
     "adapter_reduction_factor": "The model's width divided by this, instead of a bottleneck size.",
     "trainable_params": "How many parameters the method trains.",
+}
+SIGNS = {"fits": "✓", "tight": "≈", "does not fit": "✕", "not known": "?"}  # colour is never alone
+NOT_COUNTED = (
+    "The CUDA context and the allocator's unused reserve are not in the bars; the verdict adds both.",
+    "Other processes on the card, and what a desktop draws there.",
+    "Evaluation during training, above all generation with its key-value cache.",
+    "Several GPUs: sharding, offloading and the buffers of their communication.",
+    "Kernels that replace parts of the model (fused losses, compiled graphs), and packed sequences.",
+    "The host's memory: data loading, pinned buffers and loading the checkpoint.",
+)
+GLOSSARY = {
+    "Allocated": "bytes of living tensors, as torch.cuda.max_memory_allocated counts them.",
+    "Reserved": "the allocator's segments, allocated and free, as torch.cuda.max_memory_reserved counts them.",
+    "Device used": "reserved, the CUDA context and other processes: what nvidia-smi shows.",
+    "Predicted": "by formula; simulated: by running the training step on tensors without storage.",
+    "Measured": "read on a CUDA device while the step ran.",
+    "Micro batch": "the sequences of one forward and backward pass.",
+    "Full fine-tuning": "every parameter is trained.",
+    "PEFT": "parameter-efficient fine-tuning: few parameters are trained, the others stay frozen.",
+    "GiB": "2^30 bytes; GB, 10^9 bytes, appears in the hand-worked example only.",
 }
 
 

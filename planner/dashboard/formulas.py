@@ -1,0 +1,154 @@
+"""The formulas of the parts, in symbols and with a setup's numbers. Results come from the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.dashboard.words import PART_TITLES
+from planner.estimate.recipes import RECIPES
+from planner.report import MemoryReport
+from planner.spec import Adapter, BitFit, LoRA, Setup
+from planner.units import gib
+
+__all__ = ["Term", "terms"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One part of the peak: formula in LaTeX, the same in numbers, the result and where it comes from."""
+
+    part: str
+    formula: str
+    numbers: str
+    result: str
+    source: str
+
+    @property
+    def title(self) -> str:
+        """The part's name on the screen."""
+        return PART_TITLES[self.part]
+
+
+def terms(setup: Setup, report: MemoryReport) -> tuple[Term, ...]:
+    """The formula of each part of `report`, the estimate of `setup`, in the fixed order."""
+    writers = {
+        "base_weights": _base_weights,
+        "adapter_weights": _adapter_weights,
+        "gradients": _gradients,
+        "optimizer_states": _optimizer_states,
+        "activations": _activations,
+        "logits_and_loss": _logits,
+        "temporaries": _temporaries,
+        "workspace": _workspace,
+    }
+    found = []
+    for part, writer in writers.items():
+        formula, numbers, source = writer(setup, report)
+        result = "not known" if part in report.not_known else gib(getattr(report.parts, part))
+        found.append(Term(part=part, formula=formula, numbers=numbers, result=result, source=source))
+    return tuple(found)
+
+
+def _base_weights(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    element = RECIPES[setup.training.precision].base
+    return (
+        r"\sum_{W} 512 \left\lceil \frac{e_w \, |W|}{512} \right\rceil \approx e_w P",
+        f"P = {setup.model.parameters:,} parameters of e_w = {element} bytes ({setup.training.precision}), each "
+        "tensor rounded up to the allocator's 512 bytes; tied weights once.",
+        "c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize; counts held against transformers' own classes",
+    )
+
+
+def _adapter_weights(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    method, added = setup.method, report.parameters.added
+    element = RECIPES[setup.training.precision].adapter
+    end = f"{added:,} added parameters of {element} bytes."
+    if isinstance(method, LoRA):
+        return (
+            r"e_a \sum_{\mathrm{targets}} r \,(d_{\mathrm{in}} + d_{\mathrm{out}})",
+            f"r = {method.lora_rank}, targets {', '.join(method.target_modules)}: {end}",
+            "Hu et al. 2021, section 4.1; peft keeps adapters in fp32 (tuners_utils.py, cast_adapter_dtype)",
+        )
+    if isinstance(method, Adapter):
+        hidden = setup.model.architecture.hidden_size if setup.model.architecture else 0
+        return (
+            r"e_a \sum_{\mathrm{adapters}} (2 h m + m + h)",
+            f"h = {hidden:,}, m = {method.bottleneck(hidden)}, {method.adapter_kind}: {end}",
+            "Houlsby et al. 2019, section 2.1; Pfeiffer et al. 2020",
+        )
+    if isinstance(method, BitFit):
+        return r"0", "BitFit adds nothing: it trains bias terms that are there.", "Ben Zaken et al. 2021"
+    return r"e_a \, A", f"A = {end}", "the setup itself"
+
+
+def _gradients(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    return (
+        r"\sum_{\mathrm{trained}\ W} e_W \, |W|",
+        f"{report.parameters.trainable:,} trained parameters, each with a gradient in its own type; "
+        "frozen ones have none.",
+        "torch.autograd: a gradient has its parameter's dtype",
+    )
+
+
+def _optimizer_states(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    if setup.training.optimizer == "sgd":
+        return r"0", "SGD without momentum keeps no state.", "torch/optim/sgd.py"
+    recipe = RECIPES[setup.training.precision]
+    kept = f"{recipe.state} bytes each" if recipe.state else "each in its parameter's type"
+    return (
+        r"2 \sum_{\mathrm{trained}\ W} e_s \, |W|",
+        f"AdamW's two moments of {report.parameters.trainable:,} trained parameters, {kept}.",
+        "torch/optim/adam.py, _init_group (zeros_like); textbook: Rajbhandari et al. 2020, section 3.1",
+    )
+
+
+def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    shape, training = setup.model.architecture, setup.training
+    if shape is None:
+        return r"?", "The architecture has no closed formula; a simulation of the step knows it.", "not known"
+    kept = (
+        "each layer's input, and one layer's whole set while it is computed again"
+        if training.activation_checkpointing
+        else "what each layer's operations keep for the backward pass, which depends on what is trained"
+    )
+    formula = (
+        r"l \cdot b \cdot s \cdot h \cdot e"
+        if training.activation_checkpointing
+        else (r"\sum_{\mathrm{layers}} \sum_{\mathrm{saved}\ T} e_T \, |T|,\qquad |T| \propto b \cdot s")
+    )
+    return (
+        formula,
+        f"b = {training.micro_batch_size}, s = {training.seq_len:,}, h = {shape.hidden_size:,}, "
+        f"l = {shape.num_layers}, a = {shape.num_attention_heads} heads, f = {shape.intermediate_size:,}: {kept}. "
+        "A frozen linear layer keeps no copy of its input, a trained one does.",
+        "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation",
+    )
+
+
+def _logits(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    shape, training = setup.model.architecture, setup.training
+    if shape is None:
+        return r"?", "The architecture has no closed formula; a simulation of the step knows it.", "not known"
+    return (
+        r"b \cdot s \cdot v \cdot (e_c + 4 + \ldots)",
+        f"b s v = {training.micro_batch_size} x {training.seq_len:,} x {shape.vocab_size:,}: the logits in the "
+        "compute type, their fp32 copy, the log-softmax and its gradient, as far as they are alive at the peak.",
+        "transformers, loss/loss_utils.py (ForCausalLMLoss); torch.nn.functional.cross_entropy",
+    )
+
+
+def _temporaries(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    return (
+        r"\max_{\mathrm{op}} \sum \mathrm{alive\ only\ within\ it}",
+        "In the backward pass the gradients of one layer's activations; in the step of torch's default AdamW "
+        f"(foreach) copies as large as what is trained. Here the peak is in {report.peak_phase.replace('_', ' ')}.",
+        "torch/optim/adam.py, _multi_tensor_adamw",
+    )
+
+
+def _workspace(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    return (
+        r"\mathrm{threads} \times \mathrm{workspace}",
+        "cuBLAS takes its workspace once for the forward thread and once for autograd's.",
+        "aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize",
+    )
