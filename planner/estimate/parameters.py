@@ -118,7 +118,9 @@ def _lora_biases(model: Model, method: LoRA, weights: tuple[WeightTensor, ...]) 
         return []
     adapted = {t.module: t.layers for t in weights}
     return [
-        replace(t, layers=adapted[t.module]) for t in model.tensors if t.leaf == "bias" and t.module in adapted
+        replace(t, layers=adapted[t.module])
+        for t in model.tensors
+        if t.leaf == "bias" and t.module in adapted
     ]
 
 

@@ -2,63 +2,216 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from planner.estimate.forms import model_form
+from planner.estimate.optimizer import step_temporaries_bytes
+from planner.estimate.recipes import RECIPES
 from planner.estimate.resident import Resident, resident
+from planner.estimate.stack import Stack, has_formulas, stack
+from planner.estimate.workspace import workspace_bytes
 from planner.report import MemoryReport, Parts, Phase
 from planner.spec import Setup
 from planner.version import __version__
 
 __all__ = ["estimate"]
 
-_ACTIVATION_PARTS = ("activations", "logits_and_loss", "temporaries")
+_UNKNOWN = ("activations", "logits_and_loss", "temporaries")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    """A moment that may be the peak: bytes beside weights and states."""
+
+    phase: str
+    gradients: int = 0
+    activations: int = 0
+    logits_and_loss: int = 0
+    temporaries: int = 0
+    workspace: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.gradients + self.activations + self.logits_and_loss + self.temporaries + self.workspace
 
 
 def estimate(setup: Setup) -> MemoryReport:
     """The memory of one training step by formulas: parts, phases and peak, in bytes.
 
     Parts that a model does not tell (a bare parameter count, or an architecture without formulas)
-    count as 0 and are named in `not_known`.
+    count as 0 and are named in `not_known`. Left out: the CUDA context and the allocator's unused rest.
     """
     kept = resident(setup)
-    parts = Parts(
-        base_weights=kept.base_weights_bytes,
-        adapter_weights=kept.adapter_weights_bytes,
-        gradients=kept.gradients_bytes,
-        optimizer_states=kept.optimizer_states_bytes,
-    )
+    known = has_formulas(setup.model)
+    layers = stack(setup, accumulates=False) if known else None
+    workspace = _workspace(setup, known=known)
+    first = _moments(setup, kept, layers, workspace)
+    if layers is not None and setup.training.gradient_accumulation_steps > 1:
+        later = _moments(setup, kept, stack(setup, accumulates=True), workspace, accumulates=True)
+        first = {phase: max(first[phase], later[phase], key=lambda m: m.total_bytes) for phase in first}
+    peak = max(first.values(), key=lambda moment: moment.total_bytes)
     return MemoryReport(
         source="estimate",
         setup=setup.to_dict(),
         parameters=kept.parameters,
-        parts=parts,
-        phases=_phases_without_activations(kept),
-        peak_phase="optimizer_step",
-        not_known=(*_ACTIVATION_PARTS, "workspace") if setup.model.is_bare else _ACTIVATION_PARTS,
+        parts=Parts(
+            base_weights=kept.base_weights_bytes,
+            adapter_weights=kept.adapter_weights_bytes,
+            gradients=peak.gradients,
+            optimizer_states=kept.optimizer_states_bytes,
+            activations=peak.activations,
+            logits_and_loss=peak.logits_and_loss,
+            temporaries=peak.temporaries,
+            workspace=peak.workspace,
+        ),
+        phases=_phases(kept, layers, first, workspace),
+        peak_phase=peak.phase,
+        not_known=_not_known(setup),
         notes=_notes(setup),
         provenance={"planner": __version__, "model": setup.model.source},
     )
 
 
-def _phases_without_activations(kept: Resident) -> tuple[Phase, ...]:
+def _workspace(setup: Setup, *, known: bool) -> int:
+    if setup.model.is_bare:
+        return 0
+    return workspace_bytes(setup, model_form(setup) if known else None)
+
+
+def _moments(
+    setup: Setup, kept: Resident, layers: Stack | None, workspace: int, *, accumulates: bool = False
+) -> dict[str, _Candidate]:
+    """The worst moment of each phase in a step whose states are there."""
+    gradients = kept.gradients_bytes
+    recipe = RECIPES[setup.training.precision]
+    bare, name = setup.model.is_bare, setup.training.optimizer
+    step = 0 if bare else step_temporaries_bytes(kept.trained, recipe, name)
+    optimizer = _Candidate(
+        phase="optimizer_step",
+        gradients=gradients,
+        activations=layers.inputs_bytes if layers else 0,
+        logits_and_loss=layers.loss.output_bytes if layers else 0,
+        temporaries=step,
+        workspace=workspace,
+    )
+    if layers is None:
+        return {
+            "forward": _Candidate(phase="forward", workspace=workspace),
+            "backward": _Candidate(phase="backward", gradients=gradients, workspace=workspace),
+            "optimizer_step": optimizer,
+        }
+    before = gradients if accumulates else 0
+    return {
+        "forward": _forward(layers, before, workspace, layers.loss.output_bytes if accumulates else 0),
+        "backward": _backward(layers, before, workspace),
+        "optimizer_step": optimizer,
+    }
+
+
+def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int) -> _Candidate:
+    """In the last layers, or at the loss, where everything that is kept is there.
+
+    `earlier_logits`: the output of the micro batch before, held until this one's is there.
+    """
+    waiting = layers.inputs_bytes
+    best = _Candidate(phase="forward")
+    for stretch in layers.stretches:
+        waiting += stretch.kept_bytes * (stretch.count - 1)
+        activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
+        moment = _Candidate(
+            phase="forward",
+            gradients=gradients,
+            activations=activations,
+            logits_and_loss=earlier_logits,
+            workspace=workspace,
+        )
+        best = max(best, moment, key=lambda m: m.total_bytes)
+        waiting += stretch.kept_bytes
+    moment = _Candidate(
+        phase="forward",
+        gradients=gradients,
+        activations=waiting + layers.hidden_bytes,
+        logits_and_loss=earlier_logits + layers.loss.forward_peak_bytes,
+        workspace=workspace,
+    )
+    return max(best, moment, key=lambda m: m.total_bytes)
+
+
+def _backward(layers: Stack, gradients: int, workspace: int) -> _Candidate:
+    """At the loss, or in a layer: the last one with everything kept, the first with all gradients."""
+    waiting = layers.inputs_bytes + sum([s.kept_bytes * s.count for s in layers.stretches])
+    loss, output = layers.loss.backward, layers.loss.output_bytes
+    best = _Candidate(
+        phase="backward",
+        gradients=gradients + loss.gradients_bytes,
+        activations=waiting,
+        logits_and_loss=output + loss.kept_bytes + loss.temporaries_bytes,
+        workspace=workspace,
+    )
+    made = gradients or layers.loss.weight_bytes
+    for stretch in reversed(layers.stretches):
+        moment = stretch.backward
+        if moment is None:
+            break
+        for index in {stretch.count - 1, 0}:
+            later = stretch.count - 1 - index
+            candidate = _Candidate(
+                phase="backward",
+                gradients=made + (0 if gradients else stretch.weight_bytes * later) + moment.gradients_bytes,
+                activations=waiting
+                - stretch.kept_bytes * (later + 1)
+                + stretch.input_bytes
+                + moment.kept_bytes,
+                logits_and_loss=output,
+                temporaries=moment.temporaries_bytes,
+                workspace=workspace,
+            )
+            best = max(best, candidate, key=lambda m: m.total_bytes)
+        waiting -= stretch.kept_bytes * stretch.count
+        if not gradients:
+            made += stretch.weight_bytes * stretch.count
+    return best
+
+
+def _phases(
+    kept: Resident, layers: Stack | None, worst: dict[str, _Candidate], workspace: int
+) -> tuple[Phase, ...]:
+    """Load, attach and two steps: optimizer states come at the end of the first."""
     base = kept.base_weights_bytes
     attached = base + kept.adapter_weights_bytes
-    backward = attached + kept.gradients_bytes
-    stepped = attached + kept.optimizer_states_bytes
-    peak = backward + kept.optimizer_states_bytes
-    return (
+    states = kept.optimizer_states_bytes
+    waiting = output = 0
+    if layers is not None:
+        output = layers.loss.output_bytes + layers.inputs_bytes
+        waiting = output + layers.loss.kept_bytes
+        waiting += sum([s.kept_bytes * s.count for s in layers.stretches])
+    phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),
-        Phase(name="forward", allocated_bytes=attached, peak_allocated_bytes=attached, step=1),
-        Phase(name="backward", allocated_bytes=backward, peak_allocated_bytes=backward, step=1),
-        Phase(name="optimizer_step", allocated_bytes=stepped, peak_allocated_bytes=peak, step=1),
-        Phase(name="forward", allocated_bytes=stepped, peak_allocated_bytes=stepped, step=2),
-        Phase(name="backward", allocated_bytes=peak, peak_allocated_bytes=peak, step=2),
-        Phase(name="optimizer_step", allocated_bytes=stepped, peak_allocated_bytes=peak, step=2),
-    )
+    ]
+    for step in (1, 2):
+        resident_bytes = attached + (states if step == 2 else 0)
+        ends = {
+            "forward": resident_bytes + waiting + workspace,
+            "backward": resident_bytes + kept.gradients_bytes + output + workspace,
+            "optimizer_step": attached + states + output + workspace,
+        }
+        for name, end in ends.items():
+            base_bytes = attached + states if name == "optimizer_step" else resident_bytes
+            peak = max(base_bytes + worst[name].total_bytes, end)
+            phases.append(Phase(name=name, allocated_bytes=end, peak_allocated_bytes=peak, step=step))
+    return tuple(phases)
+
+
+def _not_known(setup: Setup) -> tuple[str, ...]:
+    if setup.model.is_bare:
+        return (*_UNKNOWN, "workspace")
+    return () if has_formulas(setup.model) else _UNKNOWN
 
 
 def _notes(setup: Setup) -> tuple[str, ...]:
     if setup.model.is_bare:
-        return ("Only the number of parameters is known: activations, loss and temporaries are not counted.",)
-    return (
-        f"Activations of {setup.model.id} are not known by formula; run simulate for the whole peak.",
-    )
+        return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
+    if not has_formulas(setup.model):
+        return (f"Activations of {setup.model.id} have no formula yet; run simulate for the whole peak.",)
+    return ()

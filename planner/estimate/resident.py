@@ -9,10 +9,15 @@ from planner.estimate.parameters import TrainedTensor, parameters, trained_tenso
 from planner.estimate.recipes import RECIPES, state_bytes
 from planner.report import Parameters
 from planner.spec import PeftOfSize, Setup
+from planner.units import MIB
 
 __all__ = ["MIN_BLOCK_BYTES", "Resident", "block_bytes", "resident"]
 
-MIN_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize, every request is rounded up to it
+# c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp
+MIN_BLOCK_BYTES = 512  # kMinBlockSize: every request is rounded up to it
+_LARGE_BYTES = 10 * MIB  # kMinLargeAlloc: from here on a request gets a segment of its own ...
+_SEGMENT_BYTES = 2 * MIB  # kRoundLarge: ... rounded up to this
+_UNSPLIT_BYTES = MIB  # kSmallSize: a rest up to this is not split off and counts as allocated
 _FUSED_STEP_BYTES = 512  # fused AdamW keeps each tensor's step counter on the device: torch/optim/adam.py
 
 
@@ -29,8 +34,14 @@ class Resident:
 
 
 def block_bytes(size_bytes: int) -> int:
-    """A request as the allocator counts it: rounded up to 512 bytes."""
-    return -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+    """A request as the allocator counts it: rounded up to 512 bytes, a small rest of its segment included.
+
+    Exact for a tensor in a new segment; one that takes over an old block may count up to 1 MiB more.
+    """
+    size = -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+    if size >= _LARGE_BYTES and (rest := -size % _SEGMENT_BYTES) <= _UNSPLIT_BYTES:
+        return size + rest
+    return size
 
 
 def resident(setup: Setup) -> Resident:

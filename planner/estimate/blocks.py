@@ -1,0 +1,143 @@
+"""A transformer layer and what surrounds it: norms, attention, MLP and residuals in the models' order.
+
+Read off transformers 5.23, models/*/modeling_*.py; the family decides the order, its numbers the sizes.
+"""
+
+from __future__ import annotations
+
+from planner.estimate.attention import attention
+from planner.estimate.forms import LayerForm, ModelForm, TableForm
+from planner.estimate.operations import Operations, RMSStyle
+from planner.estimate.resident import block_bytes
+from planner.estimate.tape import Tensor
+from planner.model import Architecture
+from planner.spec import Training
+
+__all__ = ["embedded", "layer", "mlp", "rms_style"]
+
+_RMS_STYLES: dict[str, RMSStyle] = {
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "olmo2": "olmo",
+    "olmo3": "olmo",
+    "gpt_oss": "olmo",
+    "t5": "t5",
+    "mt5": "t5",
+}
+
+
+def rms_style(shape: Architecture) -> RMSStyle:
+    """Where the family's RMSNorm casts."""
+    return _RMS_STYLES.get(shape.family, "llama")
+
+
+def embedded(ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool) -> Tensor:
+    """Token (and position, and type) embeddings, their sum, norm and dropout: the first layer's input.
+
+    `inputs_need_grad`: peft asks for gradients of the embedding's output under checkpointing
+    (`enable_input_require_grads`).
+    """
+    x: Tensor | None = None
+    for table in form.tables:
+        rows = _looked_up(ops, table, tied=form.head_table_trained and not table.position and x is None)
+        if inputs_need_grad and x is None:
+            rows.needs_grad = True
+        x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
+    assert x is not None  # every model has a token embedding
+    if form.tables[0].width != shape.hidden_size and form.outer_linears:
+        x = ops.linear(x, form.outer_linears[0])
+    if shape.embedding_scale:
+        x = ops.scaled(x)
+    if len(form.outer_norms) > 1 and shape.family in _NORMED_EMBEDDINGS:
+        x = ops.norm(x, form.outer_norms[0], shape.norm)
+    return ops.dropout(x, shape.embedding_dropout)
+
+
+def _looked_up(ops: Operations, table: TableForm, *, tied: bool) -> Tensor:
+    """Rows of an embedding table. Keeps nothing; a trained table's gradient is dense, [rows, width].
+
+    `tied`: the head has made that gradient already, and this one lives until it is added. Above 3,072
+    tokens the indices are sorted in four int64 buffers (Embedding.cu, embedding_dense_backward_cuda).
+    """
+    tokens = ops.seq_len if table.position else ops.tokens
+    numel = tokens * table.width
+    gradient = block_bytes(table.rows * table.width * ops.recipe.base) if table.trained else 0
+    sorting = 4 * block_bytes(8 * tokens) if tokens > 3072 else 0
+    rows = ops.op(
+        (),
+        numel,
+        ops.recipe.base,
+        weight_bytes=0 if tied else gradient,
+        scratch_bytes=sorting + (gradient if tied else 0),
+        trained=table.trained,
+    )
+    return ops.lora_rows(rows, table.rows, table.width, table.rank) if table.rank else rows
+
+
+_NORMED_EMBEDDINGS = ("bert", "roberta", "xlm-roberta", "bloom")
+
+
+def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+    """One layer of x [T, h]."""
+    if shape.parallel_residual:
+        return _parallel(ops, x, shape, form, run)
+    if shape.norm_placement == "pre":
+        return _pre_norm(ops, x, shape, form, run)
+    if shape.norm_placement == "sandwich":
+        return _sandwich(ops, x, shape, form, run)
+    return _post_norm(ops, x, shape, form, run)
+
+
+def _pre_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    before, after = form.norms
+    inner = attention(ops, ops.norm(x, before, shape.norm), shape, form, run)
+    x = ops.add(x, ops.dropout(inner, shape.hidden_dropout))
+    inner = mlp(ops, ops.norm(x, after, shape.norm), shape, form)
+    return ops.add(x, ops.dropout(inner, shape.hidden_dropout))
+
+
+def _sandwich(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))): Gemma 2 and 3."""
+    norms = form.norms
+    inner = attention(ops, ops.norm(x, norms[0], shape.norm), shape, form, run)
+    x = ops.add(x, ops.norm(inner, norms[1], shape.norm))
+    inner = mlp(ops, ops.norm(x, norms[2], shape.norm), shape, form)
+    return ops.add(x, ops.norm(inner, norms[3], shape.norm))
+
+
+def _post_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+    """norm(x + attention(x)) (BERT, OPT-350m), or x + norm(attention(x)) (OLMo 2)."""
+    after_attention, after_mlp = form.norms
+    if shape.norm == "rmsnorm":
+        x = ops.add(x, ops.norm(attention(ops, x, shape, form, run), after_attention, shape.norm))
+        return ops.add(x, ops.norm(mlp(ops, x, shape, form), after_mlp, shape.norm))
+    inner = ops.dropout(attention(ops, x, shape, form, run), shape.hidden_dropout)
+    x = ops.norm(ops.add(inner, x), after_attention, shape.norm)
+    inner = ops.dropout(mlp(ops, x, shape, form), shape.hidden_dropout)
+    return ops.norm(ops.add(inner, x), after_mlp, shape.norm)
+
+
+def _parallel(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+    """x + attention(norm(x)) + mlp(norm(x)), the norm shared or one for each (GPT-NeoX, Phi, Falcon)."""
+    normed = ops.norm(x, form.norms[0], shape.norm)
+    inner = ops.dropout(attention(ops, normed, shape, form, run), shape.hidden_dropout)
+    if len(form.norms) > 1:
+        normed = ops.norm(x, form.norms[1], shape.norm)
+    outer = ops.dropout(mlp(ops, normed, shape, form), shape.hidden_dropout)
+    return ops.add(ops.add(outer, inner), x)
+
+
+def mlp(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Tensor:
+    """down(act(gate(x)) * up(x)), or down(act(up(x)))."""
+    assert form.mlp_output is not None  # mixtures of experts have no formula yet
+    if shape.mlp == "plain":
+        inner = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
+        return ops.linear(inner, form.mlp_output)
+    if shape.fused_gate_up:
+        both = ops.linear(x, form.mlp_inputs[0])
+        gate, up = ops.split(both, (both.numel // 2, both.numel // 2))
+        return ops.linear(ops.product(up, ops.activation(gate, shape.activation)), form.mlp_output)
+    gate = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
+    return ops.linear(ops.product(gate, ops.linear(x, form.mlp_inputs[1])), form.mlp_output)

@@ -1,0 +1,245 @@
+"""What a model's layers are made of, read off its tensors and the method: the formulas' input.
+
+Layers of one form need the same memory, so that each form is described once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from planner.catalog.outputs import OUTPUTS, takes_adapter
+from planner.estimate.parameters import trained_tensors
+from planner.model import Architecture, WeightTensor
+from planner.spec import Adapter, LoRA, Setup
+from planner.targets import adapted_weights
+
+__all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "model_form"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearForm:
+    """A linear layer and what the method does to it. `rank` 0: no LoRA; `bottleneck` 0: no adapter."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+    weight_trained: bool = False
+    bias_trained: bool = False
+    rank: int = 0
+    lora_dropout: float = 0.0
+    bottleneck: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormForm:
+    """A normalization over `width`."""
+
+    width: int
+    weight_trained: bool = False
+    bias_trained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableForm:
+    """An embedding table: `rows` x `width`, trained itself or through LoRA of `rank`."""
+
+    rows: int
+    width: int
+    trained: bool = False
+    rank: int = 0
+    position: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerForm:
+    """One layer. `attention_inputs` are q, k, v or one fused layer, `mlp_inputs` gate and up, or one.
+
+    `norms` are the layer's own, `head_norms` those of queries and keys. `experts` are the shapes of
+    fused expert weights; `bottleneck` is an adapter behind the whole MLP block.
+    """
+
+    attention_inputs: tuple[LinearForm, ...]
+    attention_output: LinearForm
+    mlp_inputs: tuple[LinearForm, ...]
+    mlp_output: LinearForm | None
+    norms: tuple[NormForm, ...]
+    head_norms: tuple[NormForm, ...]
+    experts: tuple[tuple[int, ...], ...] = ()
+    router_trained: bool = False
+    experts_trained: bool = False
+    bottleneck: int = 0
+    sliding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelForm:
+    """`runs`: consecutive equal layers with their number, first layer first; the rest by position."""
+
+    runs: tuple[tuple[LayerForm, int], ...]
+    tables: tuple[TableForm, ...]
+    outer_norms: tuple[NormForm, ...]
+    outer_linears: tuple[LinearForm, ...]
+    head: LinearForm
+    head_table_trained: bool = False  # the head's weight is the embedding's
+
+
+@dataclass(slots=True)
+class _Marks:
+    """What the method does to which layer of which tensor: layers, or () where there is no layer."""
+
+    trained: dict[str, tuple[int, ...]]
+    adapted: dict[str, tuple[int, ...]]
+    rank: int = 0
+    dropout: float = 0.0
+    kind: str = ""
+    bottleneck: Adapter | None = None
+    outputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    hidden_size: int = 0
+    biased: set[str] = field(default_factory=set)
+
+    def is_trained(self, name: str, layer: int | None) -> bool:
+        layers = self.trained.get(name)
+        return layers is not None and (layer is None or not layers or layer in layers)
+
+    def rank_of(self, module: str, layer: int | None) -> int:
+        layers = self.adapted.get(module)
+        return self.rank if layers is not None and (layer is None or not layers or layer in layers) else 0
+
+    def bottleneck_behind(self, module: str) -> int:
+        if self.bottleneck is None or not takes_adapter(module, self.kind, *self.outputs):
+            return 0
+        return self.bottleneck.bottleneck(self.hidden_size)
+
+
+def model_form(setup: Setup) -> ModelForm:
+    """The forms of all layers and of what surrounds them; cached with the model for each method."""
+    cache = setup.model.__dict__.setdefault("_forms", {})
+    form = cache.get(setup.method)
+    if form is None:
+        form = cache[setup.method] = _model_form(setup)
+    return form  # type: ignore[no-any-return]
+
+
+def _model_form(setup: Setup) -> ModelForm:
+    model, shape = setup.model, setup.model.architecture
+    assert shape is not None  # the caller asks for closed-form families only
+    marks = _marks(setup, shape)
+    inner = [t for t in model.tensors if "*" in t.name]
+    outer = [t for t in model.tensors if "*" not in t.name]
+    runs: list[tuple[LayerForm, int]] = []
+    for layer in range(shape.num_layers):
+        form = _layer_form(inner, layer, shape, marks)
+        if runs and runs[-1][0] == form:
+            runs[-1] = (form, runs[-1][1] + 1)
+        else:
+            runs.append((form, 1))
+    head = [t for t in outer if t.role == "head" and t.kind == "linear" and t.leaf == "weight"]
+    return ModelForm(
+        runs=tuple(runs),
+        tables=tuple(_table(t, marks) for t in outer if t.kind == "embedding" and not t.tied_to),
+        outer_norms=_norms([t for t in outer if t.kind == "norm"], None, marks),
+        outer_linears=tuple(
+            _linear(t, None, marks)
+            for t in outer
+            if t.kind in ("linear", "conv1d") and t.leaf == "weight" and t is not head[-1]
+        ),
+        head=_linear(head[-1], None, marks),
+        head_table_trained=head[-1].tied_to is not None and marks.is_trained(head[-1].tied_to, None),
+    )
+
+
+def _marks(setup: Setup, shape: Architecture) -> _Marks:
+    model, method = setup.model, setup.method
+    marks = _Marks(
+        trained={t.name: t.layers for t in trained_tensors(setup) if not t.added},
+        adapted={},
+        biased={t.module for t in model.tensors if t.leaf == "bias"},
+        hidden_size=shape.hidden_size,
+    )
+    if isinstance(method, LoRA):
+        marks.rank, marks.dropout = method.lora_rank, method.lora_dropout
+        marks.adapted = {t.module: t.layers for t in adapted_weights(model, method.target_modules)}
+    elif isinstance(method, Adapter):
+        marks.bottleneck, marks.kind = method, method.adapter_kind
+        marks.outputs = OUTPUTS.get(shape.family, ((shape.attention_output,), (shape.mlp_output,)))
+    return marks
+
+
+def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, marks: _Marks) -> LayerForm:
+    present = [t for t in tensors if layer in t.layers]
+    linears = [t for t in present if t.kind in ("linear", "conv1d") and t.leaf == "weight"]
+    attention = [t for t in linears if t.role == "attention"]
+    mlp = [t for t in linears if t.role == "mlp"]
+    output = _ending(attention, shape.attention_output)
+    down = _ending(mlp, shape.mlp_output) or (mlp[-1] if mlp else None)
+    experts = [t for t in present if t.role == "experts"]
+    norms = [t for t in present if t.kind == "norm"]
+    of_heads = [t for t in norms if t.module.rpartition(".")[2] in _HEAD_NORMS]
+    block = {t.module.split(".mlp")[0] + ".mlp" for t in experts}
+    return LayerForm(
+        attention_inputs=tuple(
+            _linear(t, layer, marks) for t in sorted(attention, key=_query_key_value) if t is not output
+        ),
+        attention_output=_linear(output or attention[-1], layer, marks),
+        mlp_inputs=tuple(_linear(t, layer, marks) for t in mlp if t is not down),
+        mlp_output=_linear(down, layer, marks) if down else None,
+        norms=_norms([t for t in norms if t not in of_heads], layer, marks),
+        head_norms=_norms(of_heads, layer, marks),
+        experts=tuple(t.shape for t in experts if len(t.shape) == 3),
+        router_trained=any(marks.is_trained(t.name, layer) for t in present if t.role == "router"),
+        experts_trained=any(marks.is_trained(t.name, layer) for t in experts),
+        bottleneck=sum(marks.bottleneck_behind(module) for module in block),
+        sliding=layer in shape.sliding_layers,
+    )
+
+
+_HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+
+
+def _query_key_value(tensor: WeightTensor) -> int:
+    """Models list q, k and v in several orders and run them in this one."""
+    return {"q": 0, "k": 1, "v": 2}.get(tensor.module.rpartition(".")[2][0], 3)
+
+
+def _ending(tensors: Iterable[WeightTensor], suffix: str) -> WeightTensor | None:
+    found = [t for t in tensors if t.module == suffix or t.module.endswith("." + suffix)]
+    return found[-1] if found else None
+
+
+def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearForm:
+    rank = marks.rank_of(tensor.module, layer)
+    return LinearForm(
+        name=tensor.module.rpartition(".")[2],
+        inputs=tensor.in_features,
+        outputs=tensor.out_features,
+        bias=tensor.module in marks.biased,
+        weight_trained=marks.is_trained(tensor.tied_to or tensor.name, layer),
+        bias_trained=marks.is_trained(tensor.module + ".bias", layer),
+        rank=rank,
+        lora_dropout=marks.dropout if rank else 0.0,
+        bottleneck=marks.bottleneck_behind(tensor.module),
+    )
+
+
+def _table(tensor: WeightTensor, marks: _Marks) -> TableForm:
+    return TableForm(
+        rows=tensor.in_features,
+        width=tensor.out_features,
+        trained=marks.is_trained(tensor.name, None),
+        rank=marks.rank_of(tensor.module, None),
+        position=tensor.role == "position",
+    )
+
+
+def _norms(tensors: list[WeightTensor], layer: int | None, marks: _Marks) -> tuple[NormForm, ...]:
+    return tuple(
+        NormForm(
+            width=t.shape[0],
+            weight_trained=marks.is_trained(t.name, layer),
+            bias_trained=marks.is_trained(f"{t.module}.bias", layer),
+        )
+        for t in tensors
+        if t.leaf == "weight"
+    )

@@ -1,0 +1,79 @@
+"""Output head and loss: often the largest tensors of a step.
+
+Letters: T = b s tokens, `h` hidden, `v` vocabulary. Source: transformers 5.23, loss/loss_utils.py and the
+models' `forward`; torch 2.13, aten/src/ATen/native/cuda/SoftMax.cu and Loss.cu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.estimate.forms import ModelForm
+from planner.estimate.operations import Operations
+from planner.estimate.resident import block_bytes
+from planner.estimate.tape import Moment, Tensor
+from planner.model import Architecture
+
+__all__ = ["LossMemory", "hidden_for_head", "loss_memory"]
+
+_MASKED_HEADS = ("bert", "roberta", "xlm-roberta")  # a dense layer, gelu and a norm before the decoder
+_LOSS_IN_OWN_TYPE = (*_MASKED_HEADS, "t5", "mt5", "umt5")  # CrossEntropyLoss on the logits as they are
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossMemory:
+    """Bytes of head and loss, those of the head's input not counted.
+
+    `input_kept`: the head keeps its input [T, h] for its weight's gradient. `weight_bytes` are the
+    gradients it leaves; `backward` is its worst moment; `output_bytes` are the logits in the model's
+    output, which the loop holds to the end of the step.
+    """
+
+    forward_peak_bytes: int
+    kept_bytes: int
+    backward: Moment
+    weight_bytes: int
+    input_kept: bool
+    output_bytes: int
+
+
+def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architecture) -> Tensor:
+    """Final norm, or the transformation in front of a masked language model's head."""
+    if shape.family in _MASKED_HEADS:
+        x = ops.activation(ops.linear(x, form.outer_linears[-1]), "gelu")
+        return ops.norm(x, form.outer_norms[-1], shape.norm)
+    if form.outer_norms:
+        x = ops.norm(x, form.outer_norms[-1], shape.norm)
+    if form.outer_linears:
+        x = ops.linear(x, form.outer_linears[-1])
+    return x
+
+
+def loss_memory(
+    ops: Operations, hidden: Tensor, form: ModelForm, shape: Architecture, *, accumulates: bool
+) -> LossMemory:
+    """Logits [T, v] in the compute type, their fp32 copy, log-softmax [T, v] in fp32 (kept), the loss.
+
+    Forward: logits, copy and log-softmax together. Backward: log-softmax, the gradient that the loss
+    hands back and the gradient of the logits, all fp32, beside the logits of the model's output: a loop that
+    says `outputs = model(**batch)` holds them. Under autocast accelerate makes them fp32.
+    """
+    logits = ops.linear(hidden, form.head)
+    if shape.logit_softcap is not None:
+        inner = ops.scaled(logits)
+        logits = ops.scaled(ops.op((inner,), inner.numel, inner.element, keeps_output=True))
+    own_type = shape.family in _LOSS_IN_OWN_TYPE and not ops.recipe.autocast
+    single = logits if own_type else ops.cast(logits, 4)
+    logarithms = ops.op((single,), single.numel, single.element, keeps_output=True)
+    keepers = ops.keepers()
+    kept = sum([owner.size_bytes for owner in keepers if owner is not hidden])
+    held = logits.size_bytes if single is not logits else 0
+    output = block_bytes(4 * logits.numel) if ops.recipe.autocast else logits.size_bytes
+    return LossMemory(
+        forward_peak_bytes=kept + held + single.size_bytes,
+        kept_bytes=kept,
+        backward=ops.backward_moment(keepers, hidden, logarithms, accumulates=accumulates),
+        weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
+        input_kept=hidden in keepers,
+        output_bytes=output,
+    )

@@ -1,0 +1,230 @@
+"""What each operation of a transformer keeps for its backward pass, as rules on a tape.
+
+Letters: `b` micro batch, `s` sequence, T = b s tokens, `h` hidden, `f` inner width, `r` rank. What is kept
+follows torch 2.13, tools/autograd/derivatives.yaml; what runs follows transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from planner.estimate.forms import LinearForm, NormForm
+from planner.estimate.recipes import Recipe
+from planner.estimate.resident import block_bytes
+from planner.estimate.tape import Tape, Tensor
+
+__all__ = ["Operations"]
+
+RMSStyle = Literal["llama", "gemma", "t5", "olmo"]
+
+
+class Operations(Tape):
+    """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
+
+    __slots__ = ("recipe", "rms_style", "seq_len", "tokens")
+
+    def __init__(self, tokens: int, seq_len: int, recipe: Recipe, rms_style: RMSStyle = "llama") -> None:
+        """`rms_style`: where the family's RMSNorm casts, see `rms_norm`."""
+        super().__init__()
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.recipe = recipe
+        self.rms_style = rms_style
+
+    def cast(self, x: Tensor, element: int) -> Tensor:
+        """x in another type; the same tensor where it has it already. Keeps nothing."""
+        return x if x.element == element else self.op((x,), x.numel, element)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y in the wider type. Keeps nothing; both gradients are the output's."""
+        return self.op((x, y), x.numel, max(x.element, y.element), aliases=True)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x times a number. Keeps nothing."""
+        return self.op((x,), x.numel, x.element)
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """x * y, element by element: each is kept for the other's gradient."""
+        kept = tuple([t for t, other in ((x, y), (y, x)) if other.needs_grad])
+        return self.op((x, y), x.numel, max(x.element, y.element), kept)
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """native_dropout: one byte of mask for each element, none where nothing is dropped."""
+        if not probability:
+            return x
+        mask = Tensor(x.numel, 1, False)
+        return self.op((x,), x.numel, x.element, (mask,), work_bytes=0 if x.needs_grad else mask.size_bytes)
+
+    def linear(self, x: Tensor, form: LinearForm) -> Tensor:
+        """W x + b, with LoRA and the adapter that the method puts there.
+
+        x is kept where W is trained, never where it is frozen. Under autocast x and W are cast; the cast
+        W is kept where x needs a gradient (aten/src/ATen/autocast_mode.cpp).
+        """
+        out = self._product_with_weight(x, form)
+        if form.rank:
+            out = self._lora(x, out, form)
+        if form.bottleneck:
+            out = self.bottleneck(out, form.outputs, form.bottleneck)
+        return out
+
+    def _product_with_weight(self, x: Tensor, form: LinearForm) -> Tensor:
+        recipe = self.recipe
+        numel = form.inputs * form.outputs
+        gradients = scratch = 0
+        if form.weight_trained:
+            gradients += block_bytes(numel * recipe.base)
+        if form.bias_trained:
+            gradients += block_bytes(form.outputs * recipe.base)
+        kept: tuple[Tensor, ...] = ()
+        if recipe.autocast:
+            x = self.cast(x, recipe.compute)
+            weight = Tensor(numel, recipe.compute, False)
+            if x.needs_grad:
+                kept = (weight,)
+            scratch = weight.size_bytes if form.weight_trained else 0
+        if form.weight_trained:
+            kept = (*kept, x)
+        return self.op(
+            (x,),
+            x.numel // form.inputs * form.outputs,
+            x.element,
+            kept,
+            weight_bytes=gradients,
+            scratch_bytes=scratch,
+        )
+
+    def _lora(self, x: Tensor, result: Tensor, form: LinearForm) -> Tensor:
+        """result + B(A(dropout(x))) alpha / r: peft/tuners/lora/layer.py, `Linear.forward`.
+
+        Keeps x in the adapter's type (a copy of its own for each target module) for A's gradient, and
+        A's output [T, r] for B's.
+        """
+        recipe = self.recipe
+        rows = x.numel // form.inputs
+        x = self.dropout(self.cast(x, recipe.adapter), form.lora_dropout)
+        down = self._trained(x, rows, form.inputs, form.rank)
+        up = self._trained(down, rows, form.rank, form.outputs)
+        return self.cast(self.add(result, self.scaled(up)), result.element)
+
+    def _trained(self, x: Tensor, rows: int, inputs: int, outputs: int, *, bias: bool = False) -> Tensor:
+        """A trained layer that a method brought along."""
+        recipe = self.recipe
+        kept: tuple[Tensor, ...] = ()
+        scratch = 0
+        if recipe.autocast:
+            x = self.cast(x, recipe.compute)
+            weight = Tensor(inputs * outputs, recipe.compute, False)
+            kept, scratch = ((weight,) if x.needs_grad else ()), weight.size_bytes
+        gradients = block_bytes(inputs * outputs * recipe.adapter)
+        if bias:
+            gradients += block_bytes(outputs * recipe.adapter)
+        return self.op(
+            (x,), rows * outputs, x.element, (*kept, x), weight_bytes=gradients, scratch_bytes=scratch
+        )
+
+    def lora_rows(self, rows: Tensor, count: int, width: int, rank: int) -> Tensor:
+        """rows + (A^T[ids] B^T) alpha / r: peft/tuners/lora/layer.py, `Embedding.forward`."""
+        element = self.recipe.adapter
+        tokens = rows.numel // width
+        down = self.op((), tokens * rank, element, weight_bytes=block_bytes(count * rank * element))
+        up = self._trained(down, tokens, rank, width)
+        return self.cast(self.add(rows, self.scaled(up)), rows.element)
+
+    def bottleneck(self, x: Tensor, width: int, size: int) -> Tensor:
+        """x + up(relu(down(x))): planner/training/peft/adapter.py, `BottleneckAdapter.forward`.
+
+        Keeps x in the adapter's type [T, h] and relu's output [T, m] once: relu and `up` share it.
+        """
+        rows = x.numel // width
+        down = self._trained(self.cast(x, self.recipe.adapter), rows, width, size, bias=True)
+        inner = self.op((down,), down.numel, down.element, keeps_output=True)
+        up = self._trained(inner, rows, size, width, bias=True)
+        return self.cast(self.add(x, up), x.element)
+
+    def norm(self, x: Tensor, form: NormForm, kind: str) -> Tensor:
+        """The family's normalization."""
+        return self.rms_norm(x, form) if kind == "rmsnorm" else self.layer_norm(x, form)
+
+    def rms_norm(self, x: Tensor, form: NormForm) -> Tensor:
+        """w * x / sqrt(mean(x^2) + eps), in fp32: the models' own RMSNorm modules.
+
+        Keeps x in fp32 (x itself where it is fp32: pow and mul share it) and 1 / sqrt(...); where w is
+        trained also the normalized x, in x's type (llama) or in fp32 (gemma, olmo). Backward: mul,
+        mean and pow hold five fp32 copies at once: grad of x, of the mean, x^1, 2 x^1 and their product
+        (FunctionsManual.cpp, pow_backward).
+        """
+        rows = x.numel // form.width
+        style = self.rms_style
+        single = x if x.element == 4 else self.op((x,), x.numel, 4)
+        inverse = Tensor(rows, 4, False)
+        squares = block_bytes(x.numel * 4)
+        kept: tuple[Tensor, ...] = (single, inverse)
+        gradients = 0
+        if form.weight_trained:
+            element = x.element if style in ("llama", "t5") else 4
+            kept = (*kept, Tensor(x.numel, element, False))
+            gradients = block_bytes(form.width * self.recipe.base)
+        out_element = x.element
+        scratch = 4 * squares - out_element * x.numel  # beside the gradients of output and input
+        return self.op(
+            (single,),
+            x.numel,
+            out_element,
+            kept,
+            weight_bytes=gradients,
+            scratch_bytes=scratch,
+            work_bytes=2 * squares,
+        )
+
+    def layer_norm(self, x: Tensor, form: NormForm) -> Tensor:
+        """native_layer_norm keeps its input, and the mean and 1 / sigma of each row in fp32."""
+        if self.recipe.autocast:
+            x = self.cast(x, 4)  # in autocast's fp32 list
+        rows = x.numel // form.width
+        trained = form.weight_trained + form.bias_trained
+        return self.op(
+            (x,),
+            x.numel,
+            x.element,
+            (x, Tensor(rows, 4, False), Tensor(rows, 4, False)),
+            weight_bytes=trained * block_bytes(form.width * self.recipe.base),
+        )
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        """Activation functions of transformers/activations.py; torch's own keep their input.
+
+        `gelu_new` is written out: x, x / 2, tanh and 1 + tanh are kept (four times [T, f]). relu keeps
+        its output.
+        """
+        if name in ("relu",):
+            return self.op((x,), x.numel, x.element, keeps_output=True)
+        if name != "gelu_new":
+            return self.op((x,), x.numel, x.element, (x,))
+        half = self.scaled(x)
+        cubed = self.scaled(self.op((x,), x.numel, x.element, (x,), scratch_bytes=2 * x.size_bytes))
+        inner = self.scaled(self.add(x, cubed))
+        tanh = self.op((inner,), x.numel, x.element, keeps_output=True)
+        return self.product(half, self.op((tanh,), x.numel, x.element, aliases=True))
+
+    def rotary(self, x: Tensor, share: float = 1.0) -> Tensor:
+        """x cos + rotate_half(x) sin. Keeps nothing of x: cos and sin are the model's, once for all layers.
+
+        `share` of the head is turned, the rest passes by (transformers then joins both with `cat`).
+        Backward: the half-turned gradient and one spread slice live beside x's gradient.
+        """
+        element = 4 if self.recipe.autocast else x.element  # cos and sin have the residual stream's type
+        turned = int(x.numel * share)
+        if share == 1.0:
+            scratch = 2 * block_bytes(turned * element)
+            return self.op((x,), x.numel, element, scratch_bytes=scratch, work_bytes=scratch)
+        part = self.view(x, turned)
+        rest = self.view(x, x.numel - turned)
+        scratch = 2 * block_bytes(turned * element)
+        part = self.op((part,), turned, element, scratch_bytes=scratch, work_bytes=scratch)
+        return self.joined((part, rest))
+
+    def joined(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """cat of several tensors. Keeps nothing; the gradients are views of the output's."""
+        element = max([part.element for part in parts])
+        return self.op(parts, sum([part.numel for part in parts]), element)

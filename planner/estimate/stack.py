@@ -1,0 +1,163 @@
+"""The whole model as stretches of equal layers, each with what it keeps and its worst moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.estimate.blocks import embedded, layer, rms_style
+from planner.estimate.forms import LayerForm, model_form
+from planner.estimate.loss import LossMemory, hidden_for_head, loss_memory
+from planner.estimate.operations import Operations
+from planner.estimate.recipes import RECIPES
+from planner.estimate.tape import Moment, Tensor
+from planner.model import Architecture, Model
+from planner.spec import LoRA, Setup
+
+__all__ = ["Stack", "Stretch", "has_formulas", "stack"]
+
+# Their layers do what no rule here describes; their parameters, states and workspace are known all the same.
+_WITHOUT_FORMULAS = frozenset({"bloom", "falcon", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """`count` equal layers; bytes of one of them.
+
+    `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
+    moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
+    gradients it leaves.
+    """
+
+    count: int
+    kept_bytes: int
+    input_bytes: int
+    forward_peak_bytes: int
+    backward: Moment | None
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Stretches in the order of the forward pass, then head and loss.
+
+    `inputs_bytes` are token ids, labels and the positions' tables; `hidden_bytes` the head's input.
+    """
+
+    stretches: tuple[Stretch, ...]
+    loss: LossMemory
+    inputs_bytes: int
+    hidden_bytes: int
+
+
+def has_formulas(model: Model) -> bool:
+    """Whether the activations of the model have formulas; others need `simulate`."""
+    shape = model.architecture
+    return (
+        shape is not None
+        and not shape.encoder_layers
+        and not shape.num_experts
+        and shape.family not in _WITHOUT_FORMULAS
+    )
+
+
+def stack(setup: Setup, *, accumulates: bool) -> Stack:
+    """All stretches of the setup. `accumulates`: gradients of an earlier micro batch are there."""
+    shape = setup.model.architecture
+    assert shape is not None  # the caller asks for closed-form families only
+    form = model_form(setup)
+    # peft makes the embeddings' output require gradients where checkpointing is on:
+    # peft/peft_model.py, `_prepare_model_for_gradient_checkpointing`
+    hooked = setup.training.activation_checkpointing and isinstance(setup.method, LoRA)
+    ops = _operations(setup, shape)
+    x = embedded(ops, form, shape, inputs_need_grad=hooked)
+    stretches = [_stretch(ops, None, x, accumulates=accumulates)]
+    for layer_form, count in form.runs:
+        left = count
+        while left:
+            out, stretch = _layers(setup, shape, layer_form, x, left, accumulates=accumulates)
+            stretches.append(stretch)
+            left -= stretch.count
+            x = out
+    ops, start = _operations(setup, shape), _input(x)
+    hidden = hidden_for_head(ops, start, form, shape)
+    loss = loss_memory(_operations(setup, shape), _input(hidden), form, shape, accumulates=accumulates)
+    stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
+    return Stack(
+        stretches=tuple(stretches),
+        loss=loss,
+        inputs_bytes=_inputs_bytes(setup, shape),
+        hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
+    )
+
+
+def _operations(setup: Setup, shape: Architecture) -> Operations:
+    training = setup.training
+    tokens = training.micro_batch_size * training.seq_len
+    return Operations(tokens, training.seq_len, RECIPES[training.precision], rms_style(shape))
+
+
+def _input(x: Tensor) -> Tensor:
+    """x as the input of the next stretch."""
+    return Tensor(x.numel, x.element, x.needs_grad)
+
+
+def _inputs_bytes(setup: Setup, shape: Architecture) -> int:
+    """int64 ids and labels [b, s]; cos and sin [1, s, d] in the type of the embeddings."""
+    training, recipe = setup.training, RECIPES[setup.training.precision]
+    ids = 2 * 8 * training.micro_batch_size * training.seq_len
+    if shape.positions != "rope":
+        return ids
+    return ids + 2 * training.seq_len * (shape.rotary_dim or shape.head_dim) * recipe.base
+
+
+def _layers(
+    setup: Setup, shape: Architecture, form: LayerForm, x: Tensor, count: int, *, accumulates: bool
+) -> tuple[Tensor, Stretch]:
+    """One walk for as many layers as are alike: the first trained one differs from those after it."""
+    ops, start = _operations(setup, shape), _input(x)
+    out = layer(ops, start, shape, form, setup.training)
+    alike = count if (out.needs_grad, out.element) == (start.needs_grad, start.element) else 1
+    checkpointed = setup.training.activation_checkpointing
+    return out, _stretch(ops, start, out, alike, accumulates=accumulates, checkpointed=checkpointed)
+
+
+def _stretch(
+    ops: Operations,
+    start: Tensor | None,
+    out: Tensor,
+    count: int = 1,
+    *,
+    accumulates: bool,
+    checkpointed: bool = False,
+    keeps_output: bool = False,
+) -> Stretch:
+    """What the tape comes to. `checkpointed`: only the input is kept, the rest is made again."""
+    keepers = ops.keepers()
+    keepers.pop(out.owner, None)  # the next stretch counts its input
+    forward_peak = ops.forward_peak_bytes(keepers)
+    if not out.needs_grad:
+        return Stretch(
+            count=count,
+            kept_bytes=0,
+            input_bytes=0,
+            forward_peak_bytes=forward_peak,
+            backward=None,
+            weight_bytes=0,
+        )
+    input_bytes = start.size_bytes if start is not None and (checkpointed or start in keepers) else 0
+    kept = input_bytes + (out.size_bytes if keeps_output else 0)
+    moment = ops.backward_moment(keepers, start, out, accumulates=accumulates)
+    if checkpointed:
+        again = ops.forward_peak_bytes(keepers, recomputed=True)
+        if again + out.size_bytes > moment.total_bytes:
+            moment = Moment(again, out.size_bytes, 0)
+    else:
+        kept += sum([owner.size_bytes for owner in keepers if owner is not start])
+    return Stretch(
+        count=count,
+        kept_bytes=kept,
+        input_bytes=input_bytes,
+        forward_peak_bytes=forward_peak,
+        backward=moment,
+        weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
+    )

@@ -1,0 +1,241 @@
+"""Autograd on sizes: a layer's operations note what they keep, two walks find the moments of most memory.
+
+Each operation of a layer is one `Node`. The walks follow every tensor's life as autograd does: nodes
+run backwards in the order they were made, a kept tensor goes with the last node that keeps it, two
+gradients of one tensor are added in place (torch/csrc/autograd/engine.cpp, input_buffer.cpp). One layer
+of each kind is walked, whatever the batch, the sequence and the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.estimate.resident import block_bytes
+
+__all__ = ["Moment", "Node", "Tape", "Tensor"]
+
+
+class Tensor:
+    """A tensor without values. A view has its base as `owner` and no bytes of its own."""
+
+    __slots__ = ("element", "needs_grad", "numel", "owner", "size_bytes")
+
+    def __init__(self, numel: int, element: int, needs_grad: bool, owner: Tensor | None = None) -> None:
+        """`element` is the bytes of one element, `numel` how many there are."""
+        self.numel = numel
+        self.element = element
+        self.needs_grad = needs_grad
+        self.size_bytes = block_bytes(numel * element)
+        self.owner: Tensor = owner or self
+
+
+class Node:
+    """One operation: what goes in and out, what autograd keeps, what its backward needs beside it."""
+
+    __slots__ = ("aliases", "inputs", "kept", "outputs", "scratch_bytes", "weight_bytes", "work_bytes")
+
+    def __init__(
+        self,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...] = (),
+        aliases: bool = False,
+        scratch_bytes: int = 0,
+        weight_bytes: int = 0,
+        work_bytes: int = 0,
+    ) -> None:
+        """`aliases`: the inputs' gradients are the output's own; the byte counts as in `Tape.op`."""
+        self.inputs = inputs
+        self.outputs = outputs
+        self.kept = kept
+        self.aliases = aliases
+        self.scratch_bytes = scratch_bytes
+        self.weight_bytes = weight_bytes
+        self.work_bytes = work_bytes
+
+
+class Moment:
+    """Bytes alive at one moment of a backward pass: kept tensors, gradients of weights, all others."""
+
+    __slots__ = ("gradients_bytes", "kept_bytes", "temporaries_bytes", "total_bytes")
+
+    def __init__(self, kept_bytes: int, temporaries_bytes: int, gradients_bytes: int) -> None:
+        """`total_bytes` is their sum."""
+        self.kept_bytes = kept_bytes
+        self.temporaries_bytes = temporaries_bytes
+        self.gradients_bytes = gradients_bytes
+        self.total_bytes = kept_bytes + temporaries_bytes + gradients_bytes
+
+
+class _Gradient:
+    """The gradient of an activation; several inputs of an addition share one."""
+
+    __slots__ = ("holders", "size_bytes")
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.holders = 1
+
+
+class Tape:
+    """The operations of one stretch of a model, in the order of the forward pass."""
+
+    __slots__ = ("nodes",)
+
+    def __init__(self) -> None:
+        """Nothing has run."""
+        self.nodes: list[Node] = []
+
+    def op(
+        self,
+        inputs: tuple[Tensor, ...],
+        numel: int,
+        element: int,
+        kept: tuple[Tensor, ...] = (),
+        *,
+        aliases: bool = False,
+        scratch_bytes: int = 0,
+        weight_bytes: int = 0,
+        work_bytes: int = 0,
+        keeps_output: bool = False,
+        trained: bool = False,
+    ) -> Tensor:
+        """A new tensor of `numel` elements.
+
+        `kept`: tensors that autograd keeps where the output needs a gradient. `weight_bytes`: gradients
+        of the weights trained here. In the backward pass `scratch_bytes` live beside the gradients of
+        output, inputs and weights; `work_bytes` live beside the output in the forward pass. `trained`: a
+        weight is trained here though its gradient is counted elsewhere.
+        """
+        needs = trained or weight_bytes > 0
+        for tensor in inputs:
+            needs = needs or tensor.needs_grad
+        out = Tensor(numel, element, needs)
+        if keeps_output:
+            kept = (*kept, out)
+        self.nodes.append(
+            Node(inputs, (out,), kept if needs else (), aliases, scratch_bytes, weight_bytes, work_bytes)
+        )
+        return out
+
+    def view(self, x: Tensor, numel: int) -> Tensor:
+        """A slice of x that shares its storage; its gradient is spread over zeros as large as x."""
+        out = Tensor(numel, x.element, x.needs_grad, x.owner)
+        self.nodes.append(Node((x,), (out,)))
+        return out
+
+    def split(self, x: Tensor, numels: Sequence[int]) -> tuple[Tensor, ...]:
+        """Parts of x that share its storage (chunk, split); their gradients are joined by one copy."""
+        outs = tuple([Tensor(numel, x.element, x.needs_grad, x.owner) for numel in numels])
+        self.nodes.append(Node((x,), outs))
+        return outs
+
+    def keepers(self) -> dict[Tensor, int]:
+        """How many nodes keep each storage."""
+        keepers: dict[Tensor, int] = {}
+        for node in self.nodes:
+            for owner in {tensor.owner for tensor in node.kept}:
+                keepers[owner] = keepers.get(owner, 0) + 1
+        return keepers
+
+    def forward_peak_bytes(self, keepers: dict[Tensor, int], *, recomputed: bool = False) -> int:
+        """Most bytes alive while the stretch runs forward, those of its inputs not counted.
+
+        A tensor that is not kept goes after its last use. `recomputed`: checkpointing stops as soon as
+        the last kept tensor is there (torch/utils/checkpoint.py, early stop).
+        """
+        nodes = self.nodes
+        last_use: dict[Tensor, int] = {}
+        last_kept = 0
+        for index, node in enumerate(nodes):
+            for tensor in node.inputs:
+                last_use[tensor.owner] = index
+            for tensor in node.outputs:
+                last_use[tensor.owner] = index
+            if node.kept:
+                last_kept = index
+        ends: dict[int, int] = {}
+        live = peak = 0
+        for index, node in enumerate(nodes):
+            stops = recomputed and index == last_kept
+            for out in node.outputs:
+                if out.owner is out and not (stops and out not in node.kept):
+                    live += out.size_bytes
+                    if out not in keepers:
+                        end = last_use[out]
+                        ends[end] = ends.get(end, 0) + out.size_bytes
+            if live + node.work_bytes > peak:
+                peak = live + node.work_bytes
+            if stops:
+                break
+            live -= ends.pop(index, 0)
+        return peak
+
+    def backward_moment(
+        self, keepers: dict[Tensor, int], outside: Tensor | None, out: Tensor, *, accumulates: bool
+    ) -> Moment:
+        """The moment of most memory while gradients flow from `out` to the stretch's inputs.
+
+        Storages of `outside` (the stretch's input) are not counted. `accumulates`: weights have
+        gradients already, so that new ones live only until they are added.
+        """
+        users = dict(keepers)
+        users.pop(outside, None)  # type: ignore[arg-type]
+        kept = sum([owner.size_bytes for owner in users])
+        gradients: dict[Tensor, _Gradient] = {out: _Gradient(out.size_bytes)}
+        live, weights = out.size_bytes, 0
+        best = Moment(kept, live, weights)
+        best_total = best.total_bytes
+        for node in reversed(self.nodes):
+            arrived = [grad for output in node.outputs if (grad := gradients.pop(output, None)) is not None]
+            if not arrived:
+                continue
+            made: list[tuple[Tensor, _Gradient]] = []
+            for tensor in node.inputs:
+                if tensor.needs_grad:
+                    if node.aliases and tensor.size_bytes == arrived[0].size_bytes:
+                        arrived[0].holders += 1
+                        made.append((tensor, arrived[0]))
+                    else:
+                        live += tensor.size_bytes
+                        made.append((tensor, _Gradient(tensor.size_bytes)))
+            weights += node.weight_bytes
+            total = kept + live + weights + node.scratch_bytes
+            if total > best_total:
+                best_total = total
+                best = Moment(kept, live + node.scratch_bytes, weights)
+            if accumulates:
+                weights -= node.weight_bytes
+            for tensor, new in made:
+                old = gradients.get(tensor)
+                if old is None:
+                    gradients[tensor] = new
+                    continue
+                if old.holders > 1 and new.holders > 1:
+                    summed = _Gradient(tensor.size_bytes)
+                    live += summed.size_bytes
+                    if kept + live + weights > best_total:
+                        best_total = kept + live + weights
+                        best = Moment(kept, live, weights)
+                    gradients[tensor] = summed
+                    live -= _released(old) + _released(new)
+                elif old.holders == 1:
+                    live -= _released(new)
+                else:
+                    gradients[tensor] = new
+                    live -= _released(old)
+            for grad in arrived:
+                live -= _released(grad)
+            for owner in {tensor.owner for tensor in node.kept}:
+                if owner in users:
+                    users[owner] -= 1
+                    if not users[owner]:
+                        kept -= owner.size_bytes
+                        del users[owner]
+        return best
+
+
+def _released(gradient: _Gradient) -> int:
+    """Bytes that are free once one holder lets go."""
+    gradient.holders -= 1
+    return 0 if gradient.holders else gradient.size_bytes
