@@ -138,7 +138,7 @@ def _sentence(
 ) -> str:
     peak = f"the {_PEAK_WORD[report.source]} peak of {gib(report.peak_allocated_bytes)}"
     capacity = gib(capacity_bytes)
-    name = gpu.driver_name
+    name = f"a GPU of {gpu.driver_name}" if gpu.memory_kind == "asked" else gpu.driver_name
     if word == "not known":
         return (
             f"Whether it fits {name} is not known: what is known takes {gib(device_bytes)} of {capacity}, "

@@ -14,7 +14,7 @@ from planner.advise import Change, Verdict
 from planner.catalog.gpus import Gpu
 from planner.compare import Comparison, Difference, Storage
 from planner.report import MemoryReport
-from planner.units import count, gb, gib, percent
+from planner.units import GB, GIB, count, gb, gib, percent
 
 __all__ = [
     "screen",
@@ -87,6 +87,8 @@ def show_comparison(console: Console, both: Comparison, space: Storage, verdicts
     peak = f"Peak allocated, {_SOURCE_WORD[both.chosen.source]}"
     _add_difference(table, peak, both.peak, size, unknown=False)
     console.print(table)
+    for note in both.chosen.notes:
+        console.print(note)
     full, fewer = both.full.parameters.trainable, both.chosen.parameters.trainable
     console.print(
         f"Trained parameters: {count(fewer)} instead of {count(full)}, "
@@ -114,7 +116,8 @@ def show_fit(
     limits = _table("Most that fits", "", right=1)
     limits.add_row("Largest micro batch", _limit(batch))
     limits.add_row("Longest sequence", _limit(seq_len))
-    name = f"{smallest.driver_name}, {gib(smallest.total_bytes)}" if smallest else "none"
+    none = "not known" if batch is None else "none"
+    name = f"{smallest.driver_name}, {gib(smallest.total_bytes)}" if smallest else none
     limits.add_row("Smallest GPU that fits", name)
     console.print(limits)
     if not changes:
@@ -126,7 +129,7 @@ def show_fit(
             change.cost,
             gib(change.saving_bytes),
             gib(change.peak_allocated_bytes),
-            "yes" if change.fits else "no",
+            {True: "yes", False: "no", None: "not known"}[change.fits],
         )
     console.print(table)
 
@@ -204,7 +207,15 @@ def _table(*columns: str, right: int = 1) -> Table:
 
 def _size_of(report: MemoryReport) -> Size:
     """GiB, and GB in the textbook example, which is worked in powers of ten."""
-    return gb if report.setup.get("precision") == "textbook" else gib
+    textbook = report.setup.get("precision") == "textbook"
+    unit_bytes, name, usual = (GB, "GB", gb) if textbook else (GIB, "GiB", gib)
+
+    def size(size_bytes: float) -> str:
+        """Two digits where two decimals would show nothing: `"0.0016 GiB"`."""
+        value = size_bytes / unit_bytes
+        return f"{value:.2g} {name}" if abs(value) < 0.01 else usual(size_bytes)
+
+    return size
 
 
 def _limit(number: int | None) -> str:

@@ -1,0 +1,196 @@
+"""The changes that lower a run's memory, each with what it costs the user. No sizes: see `changes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from planner.spec import Adapter, FullFineTuning, LoRA, Setup
+
+__all__ = ["IDEAS", "LORA", "PRICES", "Idea", "Price"]
+
+# What a change costs the user, from nothing to another result; the order of the advice.
+Price = Literal["nothing", "time", "numerics", "data", "method"]
+PRICES: tuple[Price, ...] = ("nothing", "time", "numerics", "data", "method")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Idea:
+    """A change before its peak is known.
+
+    `keys` gives the flat keys to set, None where the change does not apply; they may stand in `words`
+    and in `short`, which names the change in a list.
+    """
+
+    price: Price
+    words: str
+    short: str
+    cost: str
+    keys: Callable[[Setup], Mapping[str, Any] | None]
+
+
+def _fused(setup: Setup) -> Mapping[str, Any] | None:
+    return {"optimizer": "adamw-fused"} if setup.training.optimizer == "adamw" else None
+
+
+def _fused_attention(setup: Setup) -> Mapping[str, Any] | None:
+    return {"attention": "sdpa"} if setup.training.attention == "eager" else None
+
+
+def _single(setup: Setup) -> Mapping[str, Any] | None:
+    batch = setup.training.micro_batch_size
+    steps = setup.training.gradient_accumulation_steps
+    return {"micro_batch_size": 1, "gradient_accumulation_steps": steps * batch} if batch > 1 else None
+
+
+def _half_batch(setup: Setup) -> Mapping[str, Any] | None:
+    batch = setup.training.micro_batch_size
+    steps = setup.training.gradient_accumulation_steps
+    if batch < 4 or batch % 2:
+        return None
+    return {"micro_batch_size": batch // 2, "gradient_accumulation_steps": 2 * steps}
+
+
+def _checkpointing(setup: Setup) -> Mapping[str, Any] | None:
+    return None if setup.training.activation_checkpointing else {"activation_checkpointing": True}
+
+
+def _sixteen_bits(setup: Setup) -> Mapping[str, Any] | None:
+    """Trained weights in bf16; never in fp16, which overflows where weights themselves are trained in it."""
+    full = isinstance(setup.method, FullFineTuning)
+    return {"precision": "bf16"} if full and _in_32_bits(setup) and _has_bf16(setup) else None
+
+
+def _sixteen_bits_frozen(setup: Setup) -> Mapping[str, Any] | None:
+    if isinstance(setup.method, FullFineTuning) or not _in_32_bits(setup):
+        return None
+    return {"precision": "bf16" if _has_bf16(setup) else "fp16"}
+
+
+def _in_32_bits(setup: Setup) -> bool:
+    return setup.training.precision in ("fp32", "bf16-mixed", "fp16-mixed")
+
+
+def _has_bf16(setup: Setup) -> bool:
+    capability = setup.gpu.capability if setup.gpu else None
+    return capability is None or capability >= (8, 0)  # CUDA C++ programming guide: bf16 from sm_80 on
+
+
+def _half_sequence(setup: Setup) -> Mapping[str, Any] | None:
+    half = setup.training.seq_len // 2
+    return {"seq_len": half} if half >= 64 else None
+
+
+def _sgd(setup: Setup) -> Mapping[str, Any] | None:
+    full = isinstance(setup.method, FullFineTuning)
+    return {"optimizer": "sgd"} if full and setup.training.optimizer != "sgd" else None
+
+
+def _attention_only(setup: Setup) -> Mapping[str, Any] | None:
+    method = setup.method
+    narrow = isinstance(method, LoRA) and method.target_modules == ("all-linear",)
+    return {"target_modules": "attention"} if narrow else None
+
+
+def _one_adapter(setup: Setup) -> Mapping[str, Any] | None:
+    method = setup.method
+    two = isinstance(method, Adapter) and method.adapter_kind == "houlsby"
+    return {"adapter_kind": "pfeiffer"} if two else None
+
+
+def _lora(setup: Setup) -> Mapping[str, Any] | None:
+    if not isinstance(setup.method, FullFineTuning) or setup.model.is_bare:
+        return None
+    return {"method": "lora", "lora_rank": LoRA().lora_rank, "target_modules": "attention"}
+
+
+LORA = Idea(
+    price="method",
+    words="Train with LoRA of rank {lora_rank} on attention instead of all weights",
+    short="LoRA of rank {lora_rank}",
+    cost="the method: a low-rank update instead of a full one",
+    keys=_lora,
+)
+
+IDEAS = (
+    Idea(
+        price="nothing",
+        words="Use the fused AdamW (adamw-fused)",
+        short="adamw-fused",
+        cost="nothing: the same update without foreach's temporaries",
+        keys=_fused,
+    ),
+    Idea(
+        price="nothing",
+        words="Use torch's own attention (sdpa) instead of eager",
+        short="sdpa attention",
+        cost="nothing: the same attention without its matrix of scores",
+        keys=_fused_attention,
+    ),
+    Idea(
+        price="time",
+        words="Halve the micro batch to {micro_batch_size} and accumulate over {gradient_accumulation_steps}",
+        short="micro batch {micro_batch_size}",
+        cost="some time: smaller matrix products; the effective batch stays",
+        keys=_half_batch,
+    ),
+    Idea(
+        price="time",
+        words="Use micro batches of 1 and accumulate over {gradient_accumulation_steps}",
+        short="micro batch {micro_batch_size} x {gradient_accumulation_steps}",
+        cost="some time: smaller matrix products; the effective batch stays",
+        keys=_single,
+    ),
+    Idea(
+        price="time",
+        words="Turn on activation checkpointing",
+        short="activation checkpointing",
+        # Hugging Face transformers documentation, "Gradient checkpointing": about 20 % slower.
+        cost="about 20 % more time: activations are computed again in the backward pass",
+        keys=_checkpointing,
+    ),
+    Idea(
+        price="numerics",
+        words="Keep the weights in 16 bits ({precision})",
+        short="{precision} weights",
+        cost="precision: small updates are rounded away in 16-bit weights",
+        keys=_sixteen_bits,
+    ),
+    Idea(
+        price="numerics",
+        words="Keep the frozen weights in 16 bits ({precision})",
+        short="{precision} weights",
+        cost="precision: frozen weights are rounded to 16 bits",
+        keys=_sixteen_bits_frozen,
+    ),
+    Idea(
+        price="data",
+        words="Halve the sequences to {seq_len} tokens",
+        short="sequences of {seq_len}",
+        cost="data: longer samples are cut",
+        keys=_half_sequence,
+    ),
+    Idea(
+        price="method",
+        words="Adapt attention only instead of every linear layer",
+        short="attention only",
+        cost="the method: fewer trained parameters",
+        keys=_attention_only,
+    ),
+    Idea(
+        price="method",
+        words="Use one adapter a layer (pfeiffer) instead of two",
+        short="one adapter a layer",
+        cost="the method: fewer trained parameters",
+        keys=_one_adapter,
+    ),
+    LORA,
+    Idea(
+        price="method",
+        words="Train with SGD instead of AdamW",
+        short="SGD",
+        cost="the method: no adaptive step sizes; another learning rate is needed",
+        keys=_sgd,
+    ),
+)
