@@ -1,6 +1,6 @@
-# Two images of one page:
+# Two images of the page:
 #   docker build --target web  -t vram-planner:web .    estimates only, no torch
-#   docker build --target full -t vram-planner:full .   simulation too, and measurement with --gpus all
+#   docker build --target full -t vram-planner:full .   everything in requirements.txt
 # Both: docker run --rm -p 8501:8501 vram-planner:web
 
 FROM python:3.11.14-slim-bookworm AS base

@@ -10,6 +10,11 @@ BARE = ("--model", "params:7e9")
 
 BAD = [
     ((), "no verb is given"),
+    (("--json",), "no verb is given before --json"),
+    (("--seq-len", "5", "estimate"), "no verb is given before --seq-len"),
+    (("--verison",), "did you mean --version"),
+    (("estimate", *BARE, "--"), "unknown flag '--'"),
+    (("estimate", "params:7e9"), "unexpected word 'params:7e9'"),
     (("estimte", *BARE), "did you mean estimate"),
     (("estimate",), "model is missing"),
     (("estimate", "--model", ""), "model is missing"),
@@ -63,14 +68,20 @@ BAD = [
     ("words", "says"), BAD, ids=lambda value: " ".join(value)[:60] if value else "nothing"
 )
 def test_a_bad_setup_is_one_line_and_exit_code_2(command, words, says):
-    for form in (words, (*words, "--json")) if words else (words,):
-        done = command(*form)
-        assert done.returncode == 2, done.stderr
-        assert done.stdout == ""
-        assert done.stderr.startswith("planner: ")
-        assert done.stderr.endswith("\n")
-        assert done.stderr.count("\n") == 1, done.stderr
-        assert says in done.stderr
+    done = command(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("planner: ")
+    assert done.stderr.endswith("\n")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("words", [words for words, _ in BAD[2::8]], ids=" ".join)
+def test_with_json_an_error_is_the_same_line(command, words):
+    plain, as_json = command(*words), command(*words, "--json")
+    assert (as_json.returncode, as_json.stdout) == (2, "")
+    assert as_json.stderr == plain.stderr
 
 
 def test_debug_adds_the_traceback(command):
