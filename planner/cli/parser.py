@@ -68,8 +68,10 @@ class _Program(Parser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parsed arguments, or SetupError."""
         given = _joined(args or ())
-        name = next((word for word in given if not word.startswith("-")), None)
-        if name is not None and name not in self.verbs:
+        name = next((word for word in given if word not in self._option_string_actions), None)
+        if name is not None and name.startswith("-") and self._is_of_a_verb(name):
+            raise SetupError(f"no verb is given before {name}; write one of {', '.join(self.verbs)} first.")
+        if name is not None and not name.startswith("-") and name not in self.verbs:
             raise SetupError(f"unknown verb {name!r}; {nearest(name, self.verbs)}")
         parsed, unknown = self.parse_known_args(given, namespace)
         if unknown:
@@ -79,12 +81,15 @@ class _Program(Parser):
         parsed.json = getattr(parsed, "json", False)
         return parsed
 
+    def _is_of_a_verb(self, word: str) -> bool:
+        return any(word.partition("=")[0] in verb.flag_names() for verb in self.verbs.values())
+
     def _unknown(self, word: str, verb: str | None) -> str:
         flag = word.partition("=")[0]
         if not flag.startswith("-"):
             return f"unexpected word {word!r}; a value follows its flag, and a list has no spaces."
-        known = self.verbs[verb].flag_names() if verb else self.flag_names()
-        longer = [name for name in known if name.startswith(flag)]
+        known = self.verbs[verb].flag_names() if verb in self.verbs else self.flag_names()
+        longer = [name for name in known if name.startswith(flag)] if flag.strip("-") else []
         near = f"did you mean {', '.join(longer)}?" if longer else nearest(flag, known)
         return f"unknown flag {flag!r}; {near}"
 
