@@ -44,7 +44,7 @@ def resolve(text: str, *, config_text: str | None = None, local_files: bool = Tr
     if not is_hub_id(name):
         raise ModelError(
             f"{shown(name)!r} is not a model: neither in the catalogue, nor a Hugging Face id "
-            f"(namespace/name), a path (./...), or params:7e9; {_near(name)}"
+            f"(namespace/name), a path (./...), or params:7e9.{_near(name)}"
         )
     return _from_hub(name)
 
@@ -59,7 +59,7 @@ def _from_hub(model_id: str) -> Model:
     try:
         found = hub_config(model_id)
     except MissingRepository as error:
-        raise MissingRepository(f"{error} From the catalogue, {_near(model_id)}") from None
+        raise MissingRepository(f"{error}{_near(model_id)}") from None
     config = parsed_config(found.text, label=model_id)
     return _from_config(config, model_id, found.source)
 
@@ -81,5 +81,7 @@ def _from_config(config: Mapping[str, Any], model_id: str, source: str) -> Model
 
 
 def _near(name: str) -> str:
+    """The nearest names of the catalogue as a further sentence; nothing where none is near."""
     names = [full if "/" in name else full.rpartition("/")[2] for full in models()]
-    return nearest(name, names)
+    found = nearest(name, names)
+    return f" D{found[1:]}" if found.startswith("did you mean") else ""
