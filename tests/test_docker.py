@@ -171,8 +171,8 @@ class Image:
 
 
 @pytest.fixture(scope="module")
-def web_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """The steps of the `web` target, carried out."""
+def web_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    """The steps of the `web` target, carried out; half a gigabyte, removed at the end."""
     root = tmp_path_factory.mktemp("image")
     app, home = root / "app", root / "home"
     home.mkdir()
@@ -203,7 +203,8 @@ def web_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
         if step.returncode and OFFLINE.search(step.stderr):
             pytest.skip("the package index cannot be reached, so the image's RUN steps cannot run")
         assert step.returncode == 0, f"RUN {command}\n{step.stderr}"
-    return image
+    yield image
+    shutil.rmtree(root)
 
 
 def test_the_web_image_answers_without_torch(web_image: Image) -> None:
