@@ -57,7 +57,7 @@ def attention_plan(shape: Architecture, form: LayerForm, training: Training, ele
         d=shape.head_dim,
         dropout=shape.attention_dropout,
     )
-    if training.attention == "eager":
+    if training.attention == "eager" or not shape.sdpa:
         return plan(kernel="eager", masked=True, repeated=grouped)
     if training.attention == "efficient" or masked:
         return plan(kernel="efficient", masked=masked, repeated=grouped)

@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from planner.catalog.outputs import OUTPUTS, takes_adapter
 from planner.estimate.recipes import RECIPES
 from planner.model import Model, WeightTensor
 from planner.report import Parameters
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, Setup
-from planner.targets import adapted_weights, adapter_places, bias_tensors
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, Setup
+from planner.targets import LoRATarget, bias_tensors, lora_targets, module_matches
 
-__all__ = ["TrainedTensor", "adapter_module_places", "parameters", "trained_tensors"]
+__all__ = ["TrainedTensor", "adapter_counts", "parameters", "trained_tensors"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,8 @@ def parameters(setup: Setup) -> Parameters:
 def trained_tensors(setup: Setup) -> tuple[TrainedTensor, ...]:
     """Every trained tensor, in the order of the model's parameters; () for a bare parameter count.
 
-    A method known by its size alone (PeftOfSize) is one tensor of that size.
+    A method known by its size alone (PeftOfSize) is one tensor of that size; one that only peft knows
+    (PeftConfig) has no tensors here.
     """
     recipe = RECIPES[setup.training.precision]
     method = setup.method
@@ -77,6 +79,8 @@ def trained_tensors(setup: Setup) -> tuple[TrainedTensor, ...]:
         return tuple(_of_the_base(bias_tensors(setup.model), recipe.base))
     if isinstance(method, LoRA):
         return tuple(_lora(setup.model, method, recipe.base, recipe.adapter))
+    if isinstance(method, PeftConfig):
+        return ()
     return tuple(_bottlenecks(setup.model, method, recipe.adapter))
 
 
@@ -88,52 +92,67 @@ def _of_the_base(tensors: Iterable[WeightTensor], element_bytes: int) -> Iterato
 
 
 def _lora(model: Model, method: LoRA, base_bytes: int, adapter_bytes: int) -> Iterator[TrainedTensor]:
-    """A is [r, in], B is [out, r]: r (in + out) for each adapted weight (Hu et al. 2021, section 4.1).
-
-    An embedding has A [r, rows] and B [width, r]: peft/tuners/lora/layer.py, `update_layer`.
-    """
-    rank = method.lora_rank
-    weights = adapted_weights(model, method.target_modules)
-    for t in weights:
-        kind = "lora_embedding" if t.kind == "embedding" else "lora"
-        for leaf, shape in (("A", (rank, t.in_features)), ("B", (t.out_features, rank))):
+    """A is [r, in], B is [out, r]: r (in + out) for each adapted weight (Hu et al. 2021, section 4.1)."""
+    targets = lora_targets(model, method.target_modules)
+    for target in targets:
+        weight = target.weight
+        place = weight.name if target.by_parameter else weight.module
+        kind = "lora_embedding" if weight.kind == "embedding" else "lora"
+        for leaf, shape in zip("AB", target.shapes(method.lora_rank), strict=True):
             yield TrainedTensor(
-                name=f"{t.module}.{kind}_{leaf}",
+                name=f"{place}.{kind}_{leaf}",
                 shape=shape,
                 element_bytes=adapter_bytes,
                 added=True,
-                layers=t.layers,
+                layers=weight.layers,
             )
-    yield from _of_the_base(_lora_biases(model, method, weights), base_bytes)
+    yield from _of_the_base(_lora_biases(model, method, targets), base_bytes)
 
 
-def _lora_biases(model: Model, method: LoRA, weights: tuple[WeightTensor, ...]) -> list[WeightTensor]:
+def _lora_biases(model: Model, method: LoRA, targets: tuple[LoRATarget, ...]) -> list[WeightTensor]:
     """Biases trained beside LoRA: peft/tuners/tuners_utils.py, `_mark_only_adapters_as_trainable`.
 
-    `all`: every parameter with "bias" in its name; `lora_only`: those of the adapted modules.
+    `all`: every parameter whose last name part is "bias"; `lora_only`: those of the adapted modules.
     """
     if method.lora_bias == "all":
-        return [t for t in model.tensors if "bias" in t.name and not t.tied_to]
+        return list(bias_tensors(model))
     if method.lora_bias == "none":
         return []
-    adapted = {t.module: t.layers for t in weights}
-    return [
-        replace(t, layers=adapted[t.module])
-        for t in model.tensors
-        if t.leaf == "bias" and t.module in adapted
-    ]
+    adapted: dict[str, set[int]] = {}
+    for target in targets:
+        adapted.setdefault(target.weight.module, set()).update(target.weight.layers)
+    found = []
+    for t in model.tensors:
+        layers = tuple(layer for layer in t.layers if layer in adapted.get(t.module, ()))
+        if t.leaf == "bias" and t.module in adapted and (layers or not t.layers):
+            found.append(replace(t, layers=layers))
+    return found
 
 
-def adapter_module_places(model: Model, method: Adapter) -> tuple[tuple[str, ...], ...]:
-    """Names of the modules that get an adapter behind them: (after attention, after the MLP)."""
+def adapter_counts(model: Model, method: Adapter) -> tuple[int, int]:
+    """How many adapters the model gets after attention and after the MLP."""
     shape = model.architecture
     if shape is None:
-        return ((), ())
-    houlsby = method.adapter_kind == "houlsby"
-    return (
-        adapter_places(model, shape.attention_output) if houlsby else (),
-        adapter_places(model, shape.mlp_output),
-    )
+        return 0, 0
+    attention, mlp = OUTPUTS.get(shape.family, ((shape.attention_output,), (shape.mlp_output,)))
+    counts = [0, 0]
+    for module in _modules(model):
+        if takes_adapter(module, method.adapter_kind, attention, mlp):
+            of_mlp = not any(module_matches(module, suffix) for suffix in attention)
+            counts[of_mlp] += 1
+    return counts[0], counts[1]
+
+
+def _modules(model: Model) -> set[str]:
+    """Full names of all modules that hold parameters, themselves or in a module below."""
+    found: set[str] = set()
+    for tensor in model.tensors:
+        for name in tensor.names():
+            module = name.rpartition(".")[0]
+            while module and module not in found:
+                found.add(module)
+                module = module.rpartition(".")[0]
+    return found
 
 
 def _bottlenecks(model: Model, method: Adapter, element_bytes: int) -> Iterator[TrainedTensor]:
@@ -147,12 +166,12 @@ def _bottlenecks(model: Model, method: Adapter, element_bytes: int) -> Iterator[
         "up.weight": (hidden, size),
         "up.bias": (hidden,),
     }
-    for places in adapter_module_places(model, method):
-        for leaf, shape in shapes.items() if places else ():
+    for count in adapter_counts(model, method):
+        for leaf, shape in shapes.items() if count else ():
             yield TrainedTensor(
                 name=f"adapter.{leaf}",
                 shape=shape,
                 element_bytes=element_bytes,
                 added=True,
-                layers=tuple(range(len(places))),
+                layers=tuple(range(count)),
             )

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.estimate.forms import model_form
-from planner.estimate.optimizer import step_temporaries_bytes
-from planner.estimate.recipes import RECIPES
 from planner.estimate.resident import Resident, resident
 from planner.estimate.stack import Stack, has_formulas, stack
 from planner.estimate.workspace import workspace_bytes
 from planner.report import MemoryReport, Parts, Phase
-from planner.spec import Setup
+from planner.spec import PeftConfig, Setup
 from planner.version import __version__
 
 __all__ = ["estimate"]
 
 _UNKNOWN = ("activations", "logits_and_loss", "temporaries")
+_UNKNOWN_TO_PEFT_CONFIG = ("adapter_weights", "gradients", "optimizer_states", *_UNKNOWN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +41,12 @@ def estimate(setup: Setup) -> MemoryReport:
     count as 0 and are named in `not_known`. Left out: the CUDA context and the allocator's unused rest.
     """
     kept = resident(setup)
-    known = has_formulas(setup.model)
+    known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
     workspace = _workspace(setup, known=known)
-    first = _moments(setup, kept, layers, workspace)
+    first = _moments(kept, layers, workspace)
     if layers is not None and setup.training.gradient_accumulation_steps > 1:
-        later = _moments(setup, kept, stack(setup, accumulates=True), workspace, accumulates=True)
+        later = _moments(kept, stack(setup, accumulates=True), workspace, accumulates=True)
         first = {phase: max(first[phase], later[phase], key=lambda m: m.total_bytes) for phase in first}
     peak = max(first.values(), key=lambda moment: moment.total_bytes)
     return MemoryReport(
@@ -79,19 +78,16 @@ def _workspace(setup: Setup, *, known: bool) -> int:
 
 
 def _moments(
-    setup: Setup, kept: Resident, layers: Stack | None, workspace: int, *, accumulates: bool = False
+    kept: Resident, layers: Stack | None, workspace: int, *, accumulates: bool = False
 ) -> dict[str, _Candidate]:
     """The worst moment of each phase in a step whose states are there."""
     gradients = kept.gradients_bytes
-    recipe = RECIPES[setup.training.precision]
-    bare, name = setup.model.is_bare, setup.training.optimizer
-    step = 0 if bare else step_temporaries_bytes(kept.trained, recipe, name)
     optimizer = _Candidate(
         phase="optimizer_step",
         gradients=gradients,
-        activations=layers.inputs_bytes if layers else 0,
+        activations=layers.inputs_bytes + layers.hooked_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
-        temporaries=step,
+        temporaries=kept.step_temporaries_bytes,
         workspace=workspace,
     )
     if layers is None:
@@ -182,8 +178,8 @@ def _phases(
     states = kept.optimizer_states_bytes
     waiting = output = 0
     if layers is not None:
-        output = layers.loss.output_bytes + layers.inputs_bytes
-        waiting = output + layers.loss.kept_bytes
+        waiting = layers.loss.output_bytes + layers.inputs_bytes + layers.loss.kept_bytes
+        output = layers.loss.output_bytes + layers.inputs_bytes + layers.hooked_bytes
         waiting += sum([s.kept_bytes * s.count for s in layers.stretches])
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
@@ -206,12 +202,16 @@ def _phases(
 def _not_known(setup: Setup) -> tuple[str, ...]:
     if setup.model.is_bare:
         return (*_UNKNOWN, "workspace")
-    return () if has_formulas(setup.model) else _UNKNOWN
+    if isinstance(setup.method, PeftConfig):
+        return _UNKNOWN_TO_PEFT_CONFIG
+    return () if has_formulas(setup) else _UNKNOWN
 
 
 def _notes(setup: Setup) -> tuple[str, ...]:
     if setup.model.is_bare:
         return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
-    if not has_formulas(setup.model):
+    if isinstance(setup.method, PeftConfig):
+        return ("What this peft method trains has no formula; run simulate for the whole peak.",)
+    if not has_formulas(setup):
         return (f"Activations of {setup.model.id} have no formula yet; run simulate for the whole peak.",)
     return ()

@@ -9,9 +9,11 @@ from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.loss import LossMemory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
 from planner.estimate.recipes import RECIPES
+from planner.estimate.resident import packed_bytes
 from planner.estimate.tape import Moment, Tensor
-from planner.model import Architecture, Model
-from planner.spec import LoRA, Setup
+from planner.model import Architecture
+from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup
+from planner.units import MIB
 
 __all__ = ["Stack", "Stretch", "has_formulas", "stack"]
 
@@ -41,19 +43,23 @@ class Stack:
     """Stretches in the order of the forward pass, then head and loss.
 
     `inputs_bytes` are token ids, labels and the positions' tables; `hidden_bytes` the head's input.
+    `hooked_bytes`: the embeddings' output and its gradient, which the output's graph holds after the
+    backward pass where peft asked for that gradient.
     """
 
     stretches: tuple[Stretch, ...]
     loss: LossMemory
     inputs_bytes: int
     hidden_bytes: int
+    hooked_bytes: int
 
 
-def has_formulas(model: Model) -> bool:
-    """Whether the activations of the model have formulas; others need `simulate`."""
-    shape = model.architecture
+def has_formulas(setup: Setup) -> bool:
+    """Whether the activations of the setup have formulas; others need `simulate`."""
+    shape = setup.model.architecture
     return (
         shape is not None
+        and not isinstance(setup.method, PeftConfig | PeftOfSize)
         and not shape.encoder_layers
         and not shape.num_experts
         and shape.family not in _WITHOUT_FORMULAS
@@ -70,6 +76,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     hooked = setup.training.activation_checkpointing and isinstance(setup.method, LoRA)
     ops = _operations(setup, shape)
     x = embedded(ops, form, shape, inputs_need_grad=hooked)
+    rows = x
     stretches = [_stretch(ops, None, x, accumulates=accumulates)]
     for layer_form, count in form.runs:
         left = count
@@ -87,6 +94,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         loss=loss,
         inputs_bytes=_inputs_bytes(setup, shape),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
+        hooked_bytes=2 * rows.size_bytes if hooked else 0,
     )
 
 
@@ -152,7 +160,7 @@ def _stretch(
         if again + out.size_bytes > moment.total_bytes:
             moment = Moment(again, out.size_bytes, 0)
     else:
-        kept += sum([owner.size_bytes for owner in keepers if owner is not start])
+        kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start], count)
     return Stretch(
         count=count,
         kept_bytes=kept,
@@ -161,3 +169,14 @@ def _stretch(
         backward=moment,
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
     )
+
+
+def _kept_bytes(sizes: list[int], count: int) -> int:
+    """What the tensors that one layer keeps count for, averaged over a few layers packed in segments."""
+    if count == 1 or not any(MIB < size < 10 * MIB for size in sizes):
+        return sum(sizes)
+    layers = min(count, _PACKED_LAYERS)
+    return packed_bytes(sizes * layers) // layers
+
+
+_PACKED_LAYERS = 4  # after so many the pattern repeats: a segment of 20 MiB holds 2 to 19 of them
