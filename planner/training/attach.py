@@ -22,7 +22,7 @@ def attached(net: nn.Module, model: Model, method: Method, *, low_memory: bool =
 
     LoRA is peft's own, with its defaults (adapters in fp32 over a 16-bit base); adapters and BitFit are
     `planner.training.peft`. `low_memory` creates peft's adapters without values (for `meta`).
-    Raises SetupError for a method of which only a parameter count is known.
+    Raises SetupError for a method of which only a parameter count is known, and with peft's reason.
     """
     if isinstance(method, FullFineTuning):
         return net
@@ -47,9 +47,13 @@ def _with_lora(net: nn.Module, model: Model, method: LoRA, *, low_memory: bool) 
         bias=method.lora_bias,
         task_type=_PEFT_TASKS[model.task],
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted: Any = peft.get_peft_model(net, config, low_cpu_mem_usage=low_memory)  # type: ignore[arg-type]
+    try:
+        with warnings.catch_warnings():  # of Conv1D's fan_in_fan_out (peft sets it), of tied embeddings
+            warnings.simplefilter("ignore")
+            adapted: Any = peft.get_peft_model(net, config, low_cpu_mem_usage=low_memory)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SetupError(f"peft {peft.__version__} adds no such LoRA to {model.id}: {reason}") from error
     return adapted  # type: ignore[no-any-return]
 
 
