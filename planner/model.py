@@ -124,6 +124,7 @@ class Architecture:
     shared_expert_intermediate_size: int = 0
     dense_layers: tuple[int, ...] = ()  # layers of a mixture of experts that have a plain MLP
     encoder_layers: int = 0  # encoder-decoder models: layers of the encoder (num_layers: decoder)
+    sdpa: bool = True  # whether transformers' class takes attention from torch's fused kernels
     attention_output: str = "o_proj"  # suffix of the module whose output leaves attention
     mlp_output: str = "down_proj"  # ... and of the one whose output leaves the MLP
     layer_class: str = ""  # transformers' decoder layer class

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from planner.catalog.gpus import Gpu, gpu as gpu_named
+from planner.catalog.gpus import Gpu
+from planner.catalog.gpus import gpu as gpu_named
+from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
+from planner.methods import (
+    METHODS,
+    Adapter,
+    BitFit,
+    FullFineTuning,
+    LoRA,
+    Method,
+    PeftConfig,
+    PeftOfSize,
+)
 from planner.model import Model
 from planner.targets import PRESETS, adapted_weights, adapter_places, bias_tensors
 
@@ -24,6 +35,7 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "Method",
+    "PeftConfig",
     "PeftOfSize",
     "Setup",
     "Training",
@@ -32,105 +44,9 @@ __all__ = [
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
 Optimizer = Literal["adamw", "adamw-fused", "sgd"]
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
-LoRABias = Literal["none", "all", "lora_only"]
-AdapterKind = Literal["houlsby", "pfeiffer"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
 _FLASH_HEAD_LIMIT = 256  # aten/.../cuda/sdp_utils.cpp: check_head_dim_size_flash
-_LARGEST = 10**9
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullFineTuning:
-    """Every parameter is trained."""
-
-    name = "full"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Low-rank adaptation, y = W x + (alpha / r) B A x (Hu et al. 2021, section 4.1).
-
-    `lora_alpha` None is the usual 2 r. `target_modules` are names or suffixes as in peft, or a preset:
-    `("attention",)` or `("all-linear",)`. Adapters are kept in fp32, as peft keeps them.
-    """
-
-    name = "lora"
-    lora_rank: int = 8
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("attention",)
-    lora_bias: LoRABias = "none"
-
-    def __post_init__(self) -> None:
-        """Refuse what no model could take. Raises SetupError."""
-        _whole("lora_rank", self.lora_rank)
-        if self.lora_alpha is not None:
-            _number("lora_alpha", self.lora_alpha, low=0.0, low_allowed=False)
-        _number("lora_dropout", self.lora_dropout, low=0.0, high=1.0)
-        _choice("lora_bias", self.lora_bias, get_args(LoRABias))
-        object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
-
-    @property
-    def alpha(self) -> float:
-        """The alpha in use: the given one, or 2 r."""
-        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """Bottleneck adapters h -> m -> h with biases and a residual connection.
-
-    `houlsby`: two in a layer, after attention and after the MLP (Houlsby et al. 2019, figure 2);
-    `pfeiffer`: one, after the MLP (Pfeiffer et al. 2020). The bottleneck is `adapter_size`, or
-    h // `adapter_reduction_factor` where that is given instead.
-    """
-
-    name = "adapter"
-    adapter_kind: AdapterKind = "pfeiffer"
-    adapter_size: int | None = None
-    adapter_reduction_factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what no model could take. Raises SetupError."""
-        _choice("adapter_kind", self.adapter_kind, get_args(AdapterKind))
-        if self.adapter_size is not None and self.adapter_reduction_factor is not None:
-            raise SetupError("give adapter_size or adapter_reduction_factor, not both.")
-        if self.adapter_size is not None:
-            _whole("adapter_size", self.adapter_size)
-        if self.adapter_reduction_factor is not None:
-            _number("adapter_reduction_factor", self.adapter_reduction_factor, low=1.0)
-
-    def bottleneck(self, hidden_size: int) -> int:
-        """Bottleneck size m for hidden size h; 64 where nothing is given (Houlsby et al. 2019)."""
-        if self.adapter_reduction_factor is not None:
-            return max(1, int(hidden_size / self.adapter_reduction_factor))
-        return 64 if self.adapter_size is None else self.adapter_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class BitFit:
-    """Only the bias terms are trained (Ben Zaken et al. 2021)."""
-
-    name = "bitfit"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftOfSize:
-    """A PEFT method of which only the number of trained parameters is known."""
-
-    name = "peft"
-    trainable_params: int
-
-    def __post_init__(self) -> None:
-        """Refuse numbers below 1. Raises SetupError."""
-        _whole("trainable_params", self.trainable_params, high=10**15)
-
-
-Method = FullFineTuning | LoRA | Adapter | BitFit | PeftOfSize
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (FullFineTuning, LoRA, Adapter, BitFit, PeftOfSize)
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +71,16 @@ class Training:
     def __post_init__(self) -> None:
         """Refuse what no run could use. Raises SetupError."""
         for name in ("micro_batch_size", "seq_len", "gradient_accumulation_steps"):
-            _whole(name, getattr(self, name))
-        _choice("precision", self.precision, get_args(Precision))
-        _choice("optimizer", self.optimizer, get_args(Optimizer))
-        _choice("attention", self.attention, get_args(Attention))
+            whole(name, getattr(self, name))
+        choice("precision", self.precision, get_args(Precision))
+        choice("optimizer", self.optimizer, get_args(Optimizer))
+        choice("attention", self.attention, get_args(Attention))
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
                 f"activation_checkpointing must be true or false, got {self.activation_checkpointing!r}."
             )
         if self.clip_grad_norm is not None:
-            _number("clip_grad_norm", self.clip_grad_norm, low=0.0, low_allowed=False)
+            number("clip_grad_norm", self.clip_grad_norm, low=0.0, low_allowed=False)
         if self.attention in _HALF_ONLY and self.precision == "fp32":
             raise SetupError(
                 f"attention {self.attention} needs a 16-bit precision, got fp32; "
@@ -218,7 +134,8 @@ class Setup:
         flat["method"] = self.method.name
         for part in (self.method, self.training):
             for item in dataclasses.fields(part):
-                flat[item.name] = _json_value(item.name, getattr(part, item.name))
+                key = item.name.removesuffix("_json")
+                flat[key] = _json_value(item.name, getattr(part, item.name))
         if self.gpu is not None:
             flat["gpu"] = self.gpu.name
         return flat
@@ -239,7 +156,8 @@ class Setup:
             model = text
         gpu = values.pop("gpu", None)
         method = _method(values)
-        training = Training(**{f.name: values.pop(f.name) for f in dataclasses.fields(Training) if f.name in values})
+        asked = [f.name for f in dataclasses.fields(Training) if f.name in values]
+        training = Training(**{key: values.pop(key) for key in asked})
         if values:
             key = next(iter(values))
             raise SetupError(f"unknown setting {key!r}; {nearest(key, _all_keys())}")
@@ -267,6 +185,8 @@ class Setup:
 def _method(values: dict[str, Any]) -> Method:
     """Take the method's keys out of `values` and build it."""
     name = values.pop("method", None) or ("peft" if "trainable_params" in values else "full")
+    if name == "peft" and "peft_config" in values:
+        return PeftConfig(peft_config_json=json.dumps(values.pop("peft_config")))
     if not isinstance(name, str) or name not in METHODS:
         raise SetupError(f"unknown method {name!r}; {nearest(str(name), METHODS)}")
     if values.get("trainable_params") is not None:
@@ -274,7 +194,9 @@ def _method(values: dict[str, Any]) -> Method:
     cls = METHODS[name]
     fields = {f.name for f in dataclasses.fields(cls)}
     if name == "peft" and values.get("trainable_params") is None:
-        raise SetupError("method peft needs trainable_params, such as 4e6.")
+        raise SetupError(
+            "method peft needs trainable_params, such as 4e6, or the path of an adapter_config.json as peft:PATH."
+        )
     foreign = {f.name for other in METHODS.values() for f in dataclasses.fields(other)} - fields
     for key in sorted(foreign & set(values)):
         raise SetupError(f"{key} does not belong to method {name}; leave it out or choose another method.")
@@ -296,6 +218,8 @@ def _check_method(model: Model, method: Method) -> None:
             f"method {method.name} needs the model's layers, and {model.id} is only a number of parameters; "
             "give --trainable-params, or a model's id or config.json."
         )
+    if isinstance(method, PeftConfig):
+        return  # peft itself holds it against the model
     if isinstance(method, LoRA):
         _check_lora(model, method)
     elif isinstance(method, BitFit):
@@ -316,8 +240,9 @@ def _check_lora(model: Model, method: LoRA) -> None:
         )
     if method.lora_bias == "all" and not bias_tensors(model):
         raise SetupError(f"lora_bias all trains bias terms, and {model.id} has none; use none.")
-    smallest = min(weights, key=lambda t: min(t.shape))
-    if method.lora_rank > min(smallest.shape):
+    matrices = [t for t in weights if min(t.shape) > 1]  # a gate h x 1 takes any rank, as in peft
+    smallest = min(matrices, key=lambda t: min(t.shape), default=None)
+    if smallest is not None and method.lora_rank > min(smallest.shape):
         raise SetupError(
             f"lora_rank {method.lora_rank} is above the smallest target matrix of {model.id} "
             f"({smallest.module.rpartition('.')[2]}, {smallest.shape[0]} x {smallest.shape[1]}); "
@@ -333,7 +258,8 @@ def _check_adapter(model: Model, method: Adapter) -> None:
     hidden = model.architecture.hidden_size
     if method.bottleneck(hidden) > hidden:
         raise SetupError(
-            f"adapter_size {method.bottleneck(hidden)} is above the hidden size of {model.id}; give at most {hidden}."
+            f"adapter_size {method.bottleneck(hidden)} is above the hidden size of {model.id}; "
+            f"give at most {hidden}."
         )
     if not adapter_places(model, model.architecture.mlp_output):
         raise SetupError(f"{model.id} has no module {model.architecture.mlp_output} to put an adapter after.")
@@ -346,6 +272,11 @@ def _check_training(model: Model, training: Training) -> None:
             f"give at most {model.max_positions}."
         )
     known = model.architecture
+    if known and not known.sdpa and training.attention not in ("sdpa", "eager"):
+        raise SetupError(
+            f"transformers runs {model.id} with eager attention only, attention {training.attention} is not "
+            "there; choose eager."
+        )
     if known and training.attention == "flash" and known.head_dim > _FLASH_HEAD_LIMIT:
         raise SetupError(
             f"attention flash takes heads of up to {_FLASH_HEAD_LIMIT}, {model.id} has {known.head_dim}; "
@@ -353,52 +284,9 @@ def _check_training(model: Model, training: Training) -> None:
         )
 
 
-def _whole(name: str, value: Any, *, low: int = 1, high: int = _LARGEST) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise SetupError(f"{name} must be a whole number of at least {low}, got {value!r}.")
-    if value > high:
-        raise SetupError(f"{name} must be at most {high:,}, got {value:,}.")
-
-
-def _number(
-    name: str, value: Any, *, low: float, high: float = math.inf, low_allowed: bool = True
-) -> None:
-    bounds = f"from {low:g}" if low_allowed else f"above {low:g}"
-    if math.isfinite(high):
-        bounds += f" and below {high:g}"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value < low
-        or value >= high
-        or (value == low and not low_allowed)
-    ):
-        raise SetupError(f"{name} must be a number {bounds}, got {value!r}.")
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SetupError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def _target_modules(given: Any) -> tuple[str, ...]:
-    names = given.split(",") if isinstance(given, str) else given
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise SetupError(f"target_modules must be module names or a preset, got {given!r}.")
-    cleaned = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if not cleaned:
-        raise SetupError(
-            f"target_modules is empty; name modules such as q_proj,v_proj, or a preset: {', '.join(PRESETS)}."
-        )
-    if len(cleaned) > 1 and set(cleaned) & set(PRESETS):
-        raise SetupError(
-            f"target_modules {','.join(cleaned)} mixes a preset with names; give one preset, or names only."
-        )
-    return cleaned
-
-
 def _json_value(name: str, value: Any) -> Any:
+    if name == "peft_config_json":
+        return json.loads(value)
     if name == "target_modules":
         return value[0] if len(value) == 1 and value[0] in PRESETS else list(value)
     return value
@@ -406,4 +294,5 @@ def _json_value(name: str, value: Any) -> Any:
 
 def _all_keys() -> set[str]:
     classes = (Training, *METHODS.values())
-    return {"model", "method", "gpu"} | {f.name for cls in classes for f in dataclasses.fields(cls)}
+    own = {"model", "method", "gpu", "peft_config"}
+    return own | {f.name for cls in classes for f in dataclasses.fields(cls)}

@@ -53,11 +53,13 @@ class Ledger:
         self.part = "base_weights"
         self.phase = ""
         self.step: int | None = None
+        self.last_step: int | None = None
         self.op = ""
         self.place: Any = None
         self.peak = Moment()
         self.totals = dict.fromkeys(PARTS, 0)
         self.events: list[int] = []
+        self.trail: list[tuple[Any, ...]] | None = None  # see planner.simulate.events
         self._live: dict[int, _Entry] = {}
 
     def record(self, tensor: torch.Tensor, part: str | None = None) -> None:
@@ -75,13 +77,15 @@ class Ledger:
         """Whether the tensor's storage is on the device already."""
         return tensor.untyped_storage()._cdata in self._live
 
-    def retag(self, tensor: torch.Tensor, part: str) -> None:
-        """Move the tensor's storage to another part."""
+    def retag(self, tensor: torch.Tensor, part: str) -> int:
+        """Move the tensor's storage to another part; the bytes that moved."""
         entry = self._live.get(tensor.untyped_storage()._cdata)
-        if entry is not None and entry.part != part:
-            self.totals[entry.part] -= entry.size_bytes
-            self.totals[part] += entry.size_bytes
-            entry.part = part
+        if entry is None or entry.part == part:
+            return 0
+        self.totals[entry.part] -= entry.size_bytes
+        self.totals[part] += entry.size_bytes
+        entry.part = part
+        return entry.size_bytes
 
     def bytes_of(self, tensor: torch.Tensor) -> int:
         """Bytes of the block that holds the tensor's storage, 0 where it is not on the device."""
@@ -93,8 +97,7 @@ class Ledger:
         held = [self._malloc(size, part) for size in sizes_bytes]
         for block, size in reversed(held):
             self.totals[part] -= size
-            self.allocator.free(block)
-            self._note()
+            self._give_back(block)
 
     def workspace(self, size_bytes: int) -> None:
         """A block that a library keeps for good."""
@@ -110,14 +113,21 @@ class Ledger:
                 allocator.allocated_bytes, self.totals.copy(), self.phase, self.step, self.op, self.place
             )
         self._note()
+        if self.trail is not None:
+            self.trail.append((block, size_bytes, self.phase, self.step, self.op, self.place))
         return block, size
 
     def _free(self, key: int) -> None:
         entry = self._live.pop(key, None)
         if entry is not None:
             self.totals[entry.part] -= entry.size_bytes
-            self.allocator.free(entry.block)
-            self._note()
+            self._give_back(entry.block)
+
+    def _give_back(self, block: int) -> None:
+        self.allocator.free(block)
+        self._note()
+        if self.trail is not None:
+            self.trail.append((-block,))
 
     def _note(self) -> None:
         self.events.append(self.allocator.allocated_bytes)

@@ -17,6 +17,7 @@ from planner.errors import TraceError
 from planner.report import MemoryReport, OutOfMemory, Parameters, Parts, PeakSite, Phase
 from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.simulate.attention import AttentionRules
+from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import Ledger, TooManyEvents
@@ -68,6 +69,7 @@ class Simulation:
                 warnings.simplefilter("ignore")
                 stack.enter_context(cuda_optimizers())
                 stack.enter_context(cuda_forms(self.rules))
+                stack.enter_context(cuda_autocast_functions())
                 stack.enter_context(self.tracer)
                 yield
         finally:
@@ -83,6 +85,8 @@ class Simulation:
             self.progress(name, step)
         self.tracer.phase = ledger.phase = name
         ledger.step = step
+        if step is not None:
+            ledger.last_step = step
         allocator.reset_peak()
         if name == "forward":
             self.modules.begin_forward()
@@ -111,11 +115,19 @@ class Simulation:
             parameter.register_post_accumulate_grad_hook(self._gradient)
 
     def know_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tag what the optimizer keeps."""
+        """Tag what the optimizer keeps, also in a peak of the step that has just made it.
+
+        Optimizers make their states before they change a weight, so a peak within that phase holds them all.
+        """
+        made = 0
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor) and value.device.type == "meta":
-                    self.ledger.retag(value, "optimizer_states")
+                    made += self.ledger.retag(value, "optimizer_states")
+        peak = self.ledger.peak
+        if made and peak.phase == "optimizer_step" and peak.step == self.ledger.last_step:
+            peak.parts["temporaries"] -= made
+            peak.parts["optimizer_states"] += made
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
@@ -148,22 +160,25 @@ def simulate(
     allocator: AllocatorConfig | None = None,
     limit_bytes: int | None = None,
     progress: Progress | None = None,
+    watch: Callable[[Simulation], None] | None = None,
 ) -> MemoryReport:
     """Peak allocated and reserved memory of `steps` optimizer steps, simulated on any machine.
 
     `gpu` (default: the setup's) decides workspaces and attention kernels; `limit_bytes` is what torch may
     reserve, beyond which the report carries `out_of_memory`. `progress(phase, step)` is called at each
-    phase. Deterministic to the byte. Left out: the CUDA context, NCCL, data loading, `torch.compile`.
+    phase, `watch(simulation)` once before it starts. Deterministic to the byte. Left out: the CUDA
+    context, NCCL, data loading, `torch.compile`.
     Raises TraceError where a model cannot be traced, ModelError where it cannot be built.
     """
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
     simulation = Simulation(gpu=device, allocator=allocator, limit_bytes=limit_bytes, progress=progress)
+    if watch:
+        watch(simulation)
     run = TrainingRun(
         setup,
         torch.device("meta"),
         simulation.phase,
         loop=loop,
-        autocast=simulated_autocast,
     )
     failure: OutOfMemory | None = None
     try:
@@ -182,13 +197,6 @@ def simulate(
     except (NotImplementedError, RuntimeError) as error:
         raise TraceError(_untraceable(simulation, error)) from error
     return _report(setup, simulation, run, failure)
-
-
-def simulated_autocast(dtype: torch.dtype) -> Any:
-    """CUDA's autocast for `meta` tensors."""
-    from planner.simulate.autocast import CudaAutocast
-
-    return CudaAutocast(dtype)
 
 
 def simulate_step(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import TraceError
+from planner.simulate.accumulation import ADDITION, added_in_place, unshared_count
 from planner.simulate.kernels import PRODUCTS, SCRATCH, Workspaces
 from planner.simulate.ledger import Ledger
 
@@ -117,6 +118,7 @@ class Tracer(TorchDispatchMode):
         self.workspaces = workspaces
         self.modules = modules
         self.phase = ""
+        unshared_count()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -132,7 +134,12 @@ class Tracer(TorchDispatchMode):
         ledger = self.ledger
         ledger.part, backward = self._part()
         ledger.op, ledger.place = func, self._node_or_place(backward)
-        out = func(*args, **(kwargs or {}))
+        if func is ADDITION and backward and not kwargs and (grown := added_in_place(args)) is not None:
+            return grown  # on CUDA autograd's engine adds into it; without values nothing is left to do
+        if func is aten._grouped_mm.default:
+            out = _grouped_mm(func, args, kwargs or {})
+        else:
+            out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             if out.device.type == "meta":
                 ledger.record(out)
@@ -180,6 +187,17 @@ class Tracer(TorchDispatchMode):
 def _sequence(node: Any) -> int:
     number = node._sequence_nr()
     return number if 0 <= number < _LAST_SEQUENCE else -1
+
+
+def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Grouped products: the rule for `meta` knows bf16 alone, the CUDA kernel takes every float type."""
+    dtype = args[0].dtype
+    if dtype == torch.bfloat16:
+        out: torch.Tensor = func(*args, **kwargs)
+        return out
+    narrow = [a.to(torch.bfloat16) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    narrow_out: torch.Tensor = func(*narrow, **kwargs)
+    return narrow_out.to(dtype)
 
 
 def _answer(tensor: torch.Tensor) -> bool | int | float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from planner.errors import SetupError
 from planner.model import Model
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig
 
 __all__ = ["attached"]
 
@@ -32,6 +32,10 @@ def attached(net: nn.Module, model: Model, method: Method, *, low_memory: bool =
         from planner.training.peft import attach, settings
 
         return attach(net, settings(model, method))
+    if isinstance(method, PeftConfig):
+        from planner.training.peft_config import with_peft_config
+
+        return with_peft_config(net, model, method, task=_PEFT_TASKS[model.task])
     raise SetupError(
         f"method {method.name} with a bare number of trained parameters cannot be run; "
         "choose lora, adapter, bitfit or full."

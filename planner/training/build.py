@@ -30,18 +30,16 @@ def skeleton(model: Model, *, dtype: torch.dtype, eager: bool = False) -> nn.Mod
         raise ModelError(
             f"{model.id} is only a number of parameters; give a model's id or config.json to run its step."
         )
-    values = model.config
-    values.pop("auto_map", None)
     try:
-        config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-        config.use_cache = False  # as HF Trainer runs it: TrainingArguments.use_cache is False
+        config = _config(model)
         factory = getattr(transformers, _AUTO_CLASSES[model.task])
+        fused = factory._model_mapping[type(config)]._supports_sdpa
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             net = factory.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation="eager" if eager else "sdpa",
+                attn_implementation="sdpa" if fused and not eager else "eager",
                 trust_remote_code=False,
             )
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
@@ -49,6 +47,17 @@ def skeleton(model: Model, *, dtype: torch.dtype, eager: bool = False) -> nn.Mod
         raise ModelError(f"transformers cannot build {model.id}: {reason}") from error
     net.train()
     return net  # type: ignore[no-any-return]
+
+
+def _config(model: Model) -> Any:
+    """transformers' config object, without code from the hub and without the generation cache."""
+    values = model.config
+    values.pop("auto_map", None)
+    config: Any = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    config.use_cache = False  # as HF Trainer runs it: TrainingArguments.use_cache is False
+    if model.task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id or 0  # T5's own config.json says 0
+    return config
 
 
 def loaded(net: nn.Module, device: torch.device) -> nn.Module:

@@ -5,6 +5,7 @@ One function for each `model_type`; a family's module is imported when it is fir
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -45,6 +46,7 @@ _MODULES = {
     "starcoder2": "llama",
     "t5": "t5",
 }
+_EAGER_ONLY = frozenset({"bloom", "gemma2", "gpt_oss"})  # _supports_sdpa is False in transformers 5
 TASKS: dict[str, Task] = {  # the others are causal language models
     "bert": "masked-lm",
     "distilbert": "masked-lm",
@@ -89,4 +91,7 @@ def family_model(
     make: Callable[[Fields], FamilyModel] = import_module(
         f"planner.catalog.families.{_MODULES[family]}"
     ).FAMILIES[family]
-    return make(Fields(config, model_id)), pretrained
+    made = make(Fields(config, model_id))
+    if family in _EAGER_ONLY:
+        made = dataclasses.replace(made, architecture=dataclasses.replace(made.architecture, sdpa=False))
+    return made, pretrained
