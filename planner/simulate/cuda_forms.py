@@ -86,6 +86,10 @@ def cuda_optimizers() -> Iterator[None]:
     foreach = [*_foreach_utils._get_foreach_kernels_supported_devices(), "meta"]
     fused = [*_foreach_utils._get_fused_kernels_supported_devices(), "meta"]
     with ExitStack() as stack:
+        # torch/amp/grad_scaler.py switches itself off where CUDA is not there
+        stack.enter_context(
+            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        )
         for module in (optimizer, _foreach_utils):
             for name, devices in (
                 ("_get_foreach_kernels_supported_devices", foreach),

@@ -13,7 +13,7 @@ from torch import nn
 
 from planner.catalog.gpus import Gpu
 from planner.catalog.gpus import gpu as gpu_named
-from planner.errors import TraceError
+from planner.errors import PlannerError, TraceError
 from planner.report import MemoryReport, OutOfMemory, Parameters, Parts, PeakSite, Phase
 from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.simulate.attention import AttentionRules
@@ -194,7 +194,9 @@ def simulate(
         raise TraceError(
             "the trace grew past 20 million allocations; this step is too large to simulate."
         ) from None
-    except (NotImplementedError, RuntimeError) as error:
+    except PlannerError:
+        raise
+    except Exception as error:
         raise TraceError(_untraceable(simulation, error)) from error
     return _report(setup, simulation, run, failure)
 

@@ -30,6 +30,10 @@ _DATA_OPS = frozenset(
         aten.equal.default,
     }
 )
+_IN_PLACE_ONLY = frozenset(  # no rule for `meta`; on CUDA they change their arguments and allocate nothing
+    {aten._amp_foreach_non_finite_check_and_unscale_.default, aten._amp_update_scale_.default}
+)
+_ANY_OPS = frozenset({aten.any.default, aten.any.dim, aten.any.dims})
 _PARTS_OF_PHASES = {"load": "base_weights", "attach": "adapter_weights"}  # elsewhere: a batch's inputs
 _LAST_SEQUENCE = 2**63  # AccumulateGrad carries the largest number
 
@@ -118,6 +122,7 @@ class Tracer(TorchDispatchMode):
         self.workspaces = workspaces
         self.modules = modules
         self.phase = ""
+        self._last_any = 0
         unshared_count()
 
     def __torch_dispatch__(
@@ -125,7 +130,9 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         """Run one operation on `meta` and record what it would allocate on CUDA."""
         if func in _TRUTH_OPS and args[0].device.type == "meta":
-            return _answer(args[0])
+            return self._answer(args[0])
+        if func in _IN_PLACE_ONLY:
+            return args[0] if func is aten._amp_update_scale_.default else None
         if func in _DATA_OPS and args[0].device.type == "meta":
             raise TraceError(
                 f"{func} in {self._place() or 'the model'} decides by the values of a tensor, which a "
@@ -147,6 +154,8 @@ class Tracer(TorchDispatchMode):
             for tensor in out:
                 if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
                     ledger.record(tensor)
+        if func in _ANY_OPS:
+            self._last_any = out.untyped_storage()._cdata
         if func in PRODUCTS:
             thread = "autograd" if backward else "main"
             for size in self.workspaces.taken_by(func, args, thread=thread):
@@ -154,6 +163,16 @@ class Tracer(TorchDispatchMode):
         elif func in SCRATCH:
             ledger.scratch(SCRATCH[func](args, out))
         return out
+
+    def _answer(self, tensor: torch.Tensor) -> bool | int | float:
+        """What a question about values means in a plain training step: `all` holds, `any` does not.
+
+        transformers asks whether positions are plain and masks are full, peft and the gradient scaler
+        whether anything is infinite. Counts are 1, other numbers 0.
+        """
+        if tensor.dtype == torch.bool:
+            return tensor.untyped_storage()._cdata != self._last_any
+        return 0.0 if tensor.is_floating_point() else 1
 
     def _part(self) -> tuple[str, bool]:
         """The part of new storages, and whether autograd's thread is running."""
@@ -198,14 +217,3 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tor
     narrow = [a.to(torch.bfloat16) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     narrow_out: torch.Tensor = func(*narrow, **kwargs)
     return narrow_out.to(dtype)
-
-
-def _answer(tensor: torch.Tensor) -> bool | int | float:
-    """What a question about values means in a plain training step: checks hold, numbers are one.
-
-    transformers asks whether positions are plain and masks are full; both are true of a step without
-    padding.
-    """
-    if tensor.dtype == torch.bool:
-        return True
-    return 1.0 if tensor.is_floating_point() else 1

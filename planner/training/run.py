@@ -64,13 +64,16 @@ class TrainingRun:
         )
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
+        self.scaler: torch.amp.GradScaler | None = None
         self._kept: Any = None
+        self._vocabulary = 0
 
     def prepare(self) -> None:
         """Load the model and attach the method: phases `load` and `attach`."""
         setup, training = self.setup, self.setup.training
         with self.phases("load", None):
             loaded(self.net, self.device)
+            self._vocabulary = self.net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
             if training.activation_checkpointing:
                 self.net.gradient_checkpointing_enable(  # type: ignore[operator]
                     gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -81,6 +84,8 @@ class TrainingRun:
             self.net.train()
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
             self.optimizer = optimizer_for(training.optimizer, self.trained)
+            if training.precision == "fp16-mixed":
+                self.scaler = torch.amp.GradScaler("cuda")
 
     def step(self, number: int) -> None:
         """One optimizer step, all its micro batches included; phases carry the step's number."""
@@ -96,14 +101,26 @@ class TrainingRun:
                     self._kept = inputs, outputs, loss
                 del inputs, outputs
                 with self.phases("backward", number):
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    scaled = self.scaler.scale(loss) if self.scaler else loss
+                    scaled.backward()
+                    del scaled
                 del loss
         with self.phases("optimizer_step", number):
-            if training.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.trained, training.clip_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._optimize(training.clip_grad_norm)
         self._kept = None
+
+    def _optimize(self, clip_grad_norm: float | None) -> None:
+        """Unscale and clip where asked, step, and set the gradients to None."""
+        if self.scaler and clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+        if clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, clip_grad_norm)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The loss, and the output object where the loop keeps it alive."""
@@ -121,8 +138,7 @@ class TrainingRun:
     def _inputs(self) -> dict[str, torch.Tensor]:
         """Random token ids `[b, s]` (int64) and labels, without an attention mask: no padding."""
         training = self.setup.training
-        vocabulary = self.net.get_input_embeddings().num_embeddings  # type: ignore[operator]
         shape = (training.micro_batch_size, training.seq_len)
-        ids = torch.randint(0, vocabulary, shape).to(self.device)
+        ids = torch.randint(0, self._vocabulary, shape).to(self.device)
         labels = ids.clone() if self.loop.separate_labels else ids
         return {"input_ids": ids, "labels": labels}
