@@ -76,7 +76,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         k = ops.norm(k, form.head_norms[1], shape.norm)
     if shape.positions == "rope":
         share = (shape.rotary_dim or shape.head_dim) / shape.head_dim
-        q, k = ops.rotary(q, share), ops.rotary(k, share)
+        q, k = (ops.rotary(t, share, cats=shape.family in _CATS) for t in (q, k))
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     plan = attention_plan(shape, form, training, v.element)
@@ -87,7 +87,12 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         out = _eager(ops, q, k, v, plan, shape, training)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
+    if shape.family in _CATS and plan.kernel == "flash":
+        out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     return ops.linear(out, form.attention_output)
+
+
+_CATS = ("phi", "phi3", "gpt_neox")  # turned and unturned parts of a head are joined by `cat`
 
 
 def _queries_keys_values(

@@ -43,10 +43,10 @@ def embedded(ops: Operations, form: ModelForm, shape: Architecture, *, inputs_ne
         rows = _looked_up(ops, table, tied=form.head_table_trained and not table.position and x is None)
         if inputs_need_grad and x is None:
             rows.needs_grad = True
+        if table.width != shape.hidden_size:  # OPT-350m
+            rows = ops.linear(rows, next(t for t in form.outer_linears if t.name == "project_in"))
         x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
     assert x is not None  # every model has a token embedding
-    if form.tables[0].width != shape.hidden_size and form.outer_linears:
-        x = ops.linear(x, form.outer_linears[0])
     if shape.embedding_scale:
         x = ops.scaled(x)
     if len(form.outer_norms) > 1 and shape.family in _NORMED_EMBEDDINGS:

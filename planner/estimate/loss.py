@@ -44,8 +44,9 @@ def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architec
         return ops.norm(x, form.outer_norms[-1], shape.norm)
     if form.outer_norms:
         x = ops.norm(x, form.outer_norms[-1], shape.norm)
-    if form.outer_linears:
-        x = ops.linear(x, form.outer_linears[-1])
+    for projection in form.outer_linears:
+        if projection.name == "project_out":  # OPT-350m
+            x = ops.linear(x, projection)
     return x
 
 

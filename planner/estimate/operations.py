@@ -21,11 +21,12 @@ RMSStyle = Literal["llama", "gemma", "t5", "olmo"]
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("recipe", "rms_style", "seq_len", "tokens")
+    __slots__ = ("copied_bytes", "recipe", "rms_style", "seq_len", "tokens")
 
     def __init__(self, tokens: int, seq_len: int, recipe: Recipe, rms_style: RMSStyle = "llama") -> None:
         """`rms_style`: where the family's RMSNorm casts, see `rms_norm`."""
         super().__init__()
+        self.copied_bytes = 0  # 16-bit copies of trained weights, which autocast holds to the forward's end
         self.tokens = tokens
         self.seq_len = seq_len
         self.recipe = recipe
@@ -83,6 +84,7 @@ class Operations(Tape):
             if x.needs_grad:
                 kept = (weight,)
             scratch = weight.size_bytes if form.weight_trained else 0
+            self.copied_bytes += scratch
         if form.weight_trained:
             kept = (*kept, x)
         return self.op(
@@ -116,6 +118,7 @@ class Operations(Tape):
             x = self.cast(x, recipe.compute)
             weight = Tensor(inputs * outputs, recipe.compute, False)
             kept, scratch = ((weight,) if x.needs_grad else ()), weight.size_bytes
+            self.copied_bytes += scratch
         gradients = block_bytes(inputs * outputs * recipe.adapter)
         if bias:
             gradients += block_bytes(outputs * recipe.adapter)
@@ -194,35 +197,35 @@ class Operations(Tape):
     def activation(self, x: Tensor, name: str) -> Tensor:
         """Activation functions of transformers/activations.py; torch's own keep their input.
 
-        `gelu_new` is written out: x, x / 2, tanh and 1 + tanh are kept (four times [T, f]). relu keeps
-        its output.
+        `gelu_new` is written out and keeps x, x / 2, tanh and 1 + tanh, four times [T, f]; its power is
+        fp32 under autocast, and so is what follows. relu keeps its output.
         """
-        if name in ("relu",):
+        if name == "relu":
             return self.op((x,), x.numel, x.element, keeps_output=True)
         if name != "gelu_new":
             return self.op((x,), x.numel, x.element, (x,))
         half = self.scaled(x)
-        cubed = self.scaled(self.op((x,), x.numel, x.element, (x,), scratch_bytes=2 * x.size_bytes))
-        inner = self.scaled(self.add(x, cubed))
-        tanh = self.op((inner,), x.numel, x.element, keeps_output=True)
-        return self.product(half, self.op((tanh,), x.numel, x.element, aliases=True))
+        base = self.cast(x, 4) if self.recipe.autocast else x
+        cubed = self.op((base,), x.numel, base.element, (base,), scratch_bytes=2 * base.size_bytes)
+        inner = self.scaled(self.add(x, self.scaled(cubed)))
+        tanh = self.op((inner,), x.numel, inner.element, keeps_output=True)
+        return self.product(half, self.op((tanh,), x.numel, tanh.element, aliases=True))
 
-    def rotary(self, x: Tensor, share: float = 1.0) -> Tensor:
+    def rotary(self, x: Tensor, share: float, *, cats: bool) -> Tensor:
         """x cos + rotate_half(x) sin. Keeps nothing of x: cos and sin are the model's, once for all layers.
 
-        `share` of the head is turned, the rest passes by (transformers then joins both with `cat`).
-        Backward: the half-turned gradient and one spread slice live beside x's gradient.
+        `share` of the head is turned; where the model `cats` it with the rest, that copies. Backward:
+        the half-turned gradient and one spread slice live beside x's gradient.
         """
         element = 4 if self.recipe.autocast else x.element  # cos and sin have the residual stream's type
         turned = int(x.numel * share)
-        if share == 1.0:
-            scratch = 2 * block_bytes(turned * element)
-            return self.op((x,), x.numel, element, scratch_bytes=scratch, work_bytes=scratch)
-        part = self.view(x, turned)
-        rest = self.view(x, x.numel - turned)
         scratch = 2 * block_bytes(turned * element)
-        part = self.op((part,), turned, element, scratch_bytes=scratch, work_bytes=scratch)
-        return self.joined((part, rest))
+        if not cats:
+            return self.op((x,), x.numel, element, scratch_bytes=scratch, work_bytes=scratch)
+        part, rest = self.view(x, turned), self.view(x, x.numel - turned)
+        return self.joined(
+            (self.op((part,), turned, element, scratch_bytes=scratch, work_bytes=scratch), rest)
+        )
 
     def joined(self, parts: tuple[Tensor, ...]) -> Tensor:
         """cat of several tensors. Keeps nothing; the gradients are views of the output's."""

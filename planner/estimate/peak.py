@@ -112,7 +112,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     waiting = layers.inputs_bytes
     best = _Candidate(phase="forward")
     for stretch in layers.stretches:
-        waiting += stretch.kept_bytes * (stretch.count - 1)
+        waiting += (stretch.kept_bytes + stretch.copied_bytes) * (stretch.count - 1)
         activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
         moment = _Candidate(
             phase="forward",
@@ -122,7 +122,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
             workspace=workspace,
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
-        waiting += stretch.kept_bytes
+        waiting += stretch.kept_bytes + stretch.copied_bytes
     moment = _Candidate(
         phase="forward",
         gradients=gradients,

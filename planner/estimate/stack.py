@@ -27,7 +27,8 @@ class Stretch:
 
     `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
     moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
-    gradients it leaves.
+    gradients it leaves. `copied_bytes` are copies of weights that autocast holds through the forward pass
+    though a checkpoint drops them.
     """
 
     count: int
@@ -36,6 +37,7 @@ class Stretch:
     forward_peak_bytes: int
     backward: Moment | None
     weight_bytes: int
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +170,7 @@ def _stretch(
         forward_peak_bytes=forward_peak,
         backward=moment,
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
+        copied_bytes=ops.copied_bytes if checkpointed else 0,
     )
 
 
