@@ -8,7 +8,7 @@ from planner.advise import Change, changes, grid, smallest_gpu
 from planner.compare import storage
 from planner.dashboard import figures, grid as squares, state, tables
 from planner.dashboard.answers import Answer, cards
-from planner.dashboard.words import NOT_COUNTED, method_title
+from planner.dashboard.words import NOT_COUNTED, method_title, plain
 from planner.units import gib, percent
 
 __all__ = ["details", "nearest_change", "waterfall"]
@@ -53,14 +53,14 @@ def nearest_change(shown: Answer) -> None:
         )
     else:
         st.markdown(
-            ":material/lightbulb: No single change makes it fit, and no single card of the catalogue takes it."
+            ":material/lightbulb: No single change makes it fit, and no card of the catalogue takes it."
         )
 
 
 def _offer(sentence: str, keys: object, *, key: str) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.markdown(f":material/lightbulb: {sentence}", width="stretch")
-        st.button("Apply", key=key, type="primary", on_click=state.apply, args=(keys,))
+        st.button("Apply", key=key, on_click=state.apply, args=(keys,))
 
 
 def _grid(shown: Answer) -> None:
@@ -111,7 +111,7 @@ def _changes(shown: Answer) -> None:
 
 def _change(change: Change, position: int) -> None:
     with st.container(border=True, gap="small"):
-        st.markdown(f"**{change.words}**  \n:small[Costs {change.cost}.]")
+        st.markdown(f"**{plain(change.words)}**  \n:small[Costs {change.cost}.]")
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             peak, saving = gib(change.peak_allocated_bytes), gib(change.saving_bytes)
             st.markdown(f"{peak}, {saving} less", width="stretch")
@@ -175,13 +175,14 @@ def _storage_of(shown: Answer) -> None:
         return
     st.markdown(
         f"{copies}; one base model ({gib(needed.base_bytes)}) and {tasks:,} x {gib(needed.adapter_bytes)} "
-        f"of trained tensors take **{gib(needed.base_and_adapters_bytes)}**, {percent(needed.reduction)} less."
+        f"of trained tensors take **{gib(needed.base_and_adapters_bytes)}**, "
+        f"{percent(needed.reduction)} less."
     )
 
 
 def _not_counted(shown: Answer) -> None:
     st.subheader("What is not counted", anchor=False)
-    st.markdown("\n".join(f"- {line}" for line in (*NOT_COUNTED, *shown.chosen.notes)))
+    st.markdown("\n".join(f"- {line}" for line in (*NOT_COUNTED, *map(plain, shown.chosen.notes))))
 
 
 def _lower(words: str) -> str:

@@ -42,7 +42,9 @@ def bars(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = Non
             name=PART_TITLES[part],
             marker={"color": PART_COLOURS[part], "pattern": {"shape": hatches, "solidity": 0.25}},
             customdata=[[gib(size), PART_HELP[part]] for size in sizes_bytes],
-            hovertemplate="%{y}<br><b>%{fullData.name}: %{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
+            hovertemplate=(
+                "%{y}<br><b>%{fullData.name}: %{customdata[0]}</b><br>%{customdata[1]}<extra></extra>"
+            ),
         )
     longest_bytes = max(report.peak_allocated_bytes for _, report in rows)
     if verdict is not None:
@@ -78,7 +80,8 @@ def legend(rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict | None = N
     if verdict is not None:
         entries.append(f'<span style="{_MARK}border-top:3px dashed {LINE}"></span>What the card can give')
         entries.append(
-            f'<span style="{_MARK}border-top:2px solid {LINE}"></span>At most on the card, with reserve and context'
+            f'<span style="{_MARK}border-top:2px solid {LINE}"></span>'
+            "At most on the card, with reserve and context"
         )
     if any(report.source == "measurement" for _, report in rows):
         entries.append(f'<span style="{_SWATCH}background:{_HATCH}"></span>Measured')
@@ -149,7 +152,8 @@ def waterfall_alt(compared: Comparison) -> str:
         for part in compared.parts
         if part.saved_bytes
     )
-    return f"From {gib(compared.peak.full_bytes)} with full fine-tuning to {gib(compared.peak.chosen_bytes)}: {steps}."
+    full, chosen = gib(compared.peak.full_bytes), gib(compared.peak.chosen_bytes)
+    return f"From {full} with full fine-tuning to {chosen}: {steps}."
 
 
 def _add_card(

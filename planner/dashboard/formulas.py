@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.dashboard.words import PART_TITLES
+from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, Setup
@@ -53,8 +53,8 @@ def _base_weights(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     element = RECIPES[setup.training.precision].base
     return (
         r"\sum_{W} 512 \left\lceil \frac{e_w \, |W|}{512} \right\rceil \approx e_w P",
-        f"P = {setup.model.parameters:,} parameters of e_w = {element} bytes ({setup.training.precision}), each "
-        "tensor rounded up to the allocator's 512 bytes; tied weights once.",
+        f"P = {setup.model.parameters:,} parameters of e_w = {element} bytes ({setup.training.precision}), "
+        "each tensor rounded up to the allocator's 512 bytes; tied weights once.",
         "c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize; counts held against transformers' own classes",
     )
 
@@ -119,8 +119,8 @@ def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     return (
         formula,
         f"b = {training.micro_batch_size}, s = {training.seq_len:,}, h = {shape.hidden_size:,}, "
-        f"l = {shape.num_layers}, a = {shape.num_attention_heads} heads, f = {shape.intermediate_size:,}: {kept}. "
-        "A frozen linear layer keeps no copy of its input, a trained one does.",
+        f"l = {shape.num_layers}, a = {shape.num_attention_heads} heads, f = {shape.intermediate_size:,}: "
+        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.",
         "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation",
     )
 
@@ -131,8 +131,8 @@ def _logits(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
         return r"?", "The architecture has no closed formula; a simulation of the step knows it.", "not known"
     return (
         r"b \cdot s \cdot v \cdot (e_c + 4 + \ldots)",
-        f"b s v = {training.micro_batch_size} x {training.seq_len:,} x {shape.vocab_size:,}: the logits in the "
-        "compute type, their fp32 copy, the log-softmax and its gradient, as far as they are alive at the peak.",
+        f"b s v = {training.micro_batch_size} x {training.seq_len:,} x {shape.vocab_size:,}: the logits in "
+        "the compute type, their fp32 copy, the log-softmax and its gradient, as far as they are alive then.",
         "transformers, loss/loss_utils.py (ForCausalLMLoss); torch.nn.functional.cross_entropy",
     )
 
@@ -141,7 +141,7 @@ def _temporaries(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     return (
         r"\max_{\mathrm{op}} \sum \mathrm{alive\ only\ within\ it}",
         "In the backward pass the gradients of one layer's activations; in the step of torch's default AdamW "
-        f"(foreach) copies as large as what is trained. Here the peak is in {report.peak_phase.replace('_', ' ')}.",
+        f"(foreach) copies as large as what is trained. Here the peak is in {peak_place(report)}.",
         "torch/optim/adam.py, _multi_tensor_adamw",
     )
 

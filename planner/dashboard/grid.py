@@ -62,8 +62,8 @@ def grid_figure(cells: Sequence[Sequence[Cell]], current: tuple[int, int]) -> go
             textfont={"size": 10, "color": TEXT_ON_WORD},
             customdata=[[c.micro_batch_size, c.seq_len, _needs(c)] for c in chosen],
             hovertemplate=(
-                f"<b>{word[0].upper()}{word[1:]}</b><br>micro batch %{{customdata[0]}}, %{{customdata[1]}} tokens"
-                "<br>%{customdata[2]} on the card<extra></extra>"
+                f"<b>{word[0].upper()}{word[1:]}</b><br>micro batch %{{customdata[0]}}, "
+                "%{customdata[1]} tokens<br>%{customdata[2]} on the card<extra></extra>"
             ),
             **_NOT_DIMMED,
         )

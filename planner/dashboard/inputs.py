@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
 from planner import catalog
 from planner.catalog.gpus import gpus
 from planner.dashboard import state
 from planner.dashboard.fields import Field, method_fields, training_fields
-from planner.dashboard.links import DEFAULTS, command, default_of, link
+from planner.dashboard.links import DEFAULTS, command, default_of, link, method_options
 from planner.dashboard.models import resolved
 from planner.dashboard.words import FIELD_HELP, METHOD_CAPTIONS, field_label
 from planner.errors import PlannerError
 from planner.model import Model
-from planner.spec import METHODS, PeftOfSize
+from planner.spec import PeftOfSize
 from planner.targets import PRESETS
+from planner.units import MIB
 
 __all__ = ["sidebar"]
 
 _FIRST = ("seq_len", "micro_batch_size", "activation_checkpointing")  # what everybody changes
 _STEPS = {"seq_len": 128, "lora_dropout": 0.05, "clip_grad_norm": 0.1}
 _USUAL_TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "query_key_value", "c_attn", "q,v")
-_CONFIG_BYTES = 1_000_000  # planner.catalog refuses more as well
+_CONFIG_BYTES = 2 * MIB  # planner.catalog refuses more than 1 MiB with a line of its own
 
 
 def sidebar() -> None:
@@ -44,8 +47,6 @@ def sidebar() -> None:
                 if name not in _FIRST:
                     _input(field, model)
         _actions()
-    if state.needs_another_run():
-        st.rerun()
 
 
 def _model() -> Model | None:
@@ -57,7 +58,7 @@ def _model() -> Model | None:
         ids,
         index=ids.index(DEFAULTS["model"]),
         key="model",
-        bind="query-params",
+        bind=state.binding("model"),
         help=FIELD_HELP["model"],
         accept_new_options=True,
         filter_mode="contains",
@@ -84,12 +85,11 @@ def _config_json() -> None:
         pasted = st.text_area(
             "Or paste its text", key="_pasted", height=160, placeholder='{"model_type": "llama", ...}'
         )
-        st.caption("Only the numbers of the architecture are read; nothing is stored.")
-        text = uploaded.read(_CONFIG_BYTES + 1).decode("utf-8", "replace") if uploaded else pasted
+        st.caption("Only the numbers of the architecture are read.")
+        text = uploaded.read(_CONFIG_BYTES).decode("utf-8", "replace") if uploaded else pasted[:_CONFIG_BYTES]
         st.button(
             "Plan this model",
             key="_use_config",
-            type="primary",
             disabled=not text.strip(),
             on_click=state.use_config,
             args=(text,),
@@ -98,9 +98,9 @@ def _config_json() -> None:
 
 def _method(model: Model | None) -> str:
     bare = model is not None and model.is_bare
-    options = [name for name, cls in METHODS.items() if not bare or name == "full" or cls is PeftOfSize]
-    if not bare:
-        options.remove(PeftOfSize.name)
+    options = method_options(bare=bare)
+    if PeftOfSize.name in (st.session_state.get("method"), st.query_params.get("method")):
+        options = [*dict.fromkeys([*options, PeftOfSize.name])]
     default = DEFAULTS["method"] if DEFAULTS["method"] in options else PeftOfSize.name
     if st.session_state.get("method", default) not in options:
         st.session_state["method"] = default
@@ -109,7 +109,7 @@ def _method(model: Model | None) -> str:
         options,
         default=default,
         key="method",
-        bind="query-params",
+        bind=state.binding("method"),
         required=True,
         width="stretch",
         on_change=state.dismiss_warnings,
@@ -126,7 +126,7 @@ def _gpu() -> None:
         names,
         index=names.index(DEFAULTS["gpu"]),
         key="gpu",
-        bind="query-params",
+        bind=state.binding("gpu"),
         help=FIELD_HELP["gpu"],
         accept_new_options=True,
         filter_mode="contains",
@@ -138,9 +138,9 @@ def _input(field: Field, model: Model | None) -> None:
     """The widget of one field, by what it holds."""
     state.restore(field.name)
     label, default = field_label(field.name), default_of(field)
-    common = {
+    common: dict[str, Any] = {
         "key": field.name,
-        "bind": "query-params",
+        "bind": state.binding(field.name),
         "help": FIELD_HELP.get(field.name),
         "on_change": state.dismiss_warnings,
     }

@@ -15,9 +15,9 @@ from planner import catalog
 from planner.catalog.gpus import gpu
 from planner.dashboard.fields import Field, method_fields, parsed, spelled, training_fields
 from planner.errors import SetupError, nearest
-from planner.spec import METHODS, Setup
+from planner.spec import METHODS, FullFineTuning, PeftOfSize, Setup
 
-__all__ = ["DEFAULTS", "VERSION", "command", "default_of", "link", "link_problems"]
+__all__ = ["DEFAULTS", "VERSION", "command", "default_of", "link", "link_problems", "method_options"]
 
 VERSION = "1"
 DEFAULTS = {"model": "meta-llama/Llama-3.1-8B", "method": "lora", "gpu": "rtx-4090"}
@@ -29,6 +29,13 @@ _CLOSE = 0.75  # a key this similar to one of ours is a slip, others belong to s
 def default_of(field: Field) -> Any:
     """The page's default of a field: the specification's own, unless the page needs one."""
     return _OWN_KEYS.get(field.name, field.default)
+
+
+def method_options(*, bare: bool) -> list[str]:
+    """The methods to choose from; of a bare parameter count only those that need no layers."""
+    if bare:
+        return [FullFineTuning.name, PeftOfSize.name]
+    return [name for name, cls in METHODS.items() if cls is not PeftOfSize]
 
 
 def link(base_url: str, flat: Mapping[str, Any]) -> str:
@@ -61,6 +68,8 @@ def link_problems(given: Mapping[str, list[str]]) -> dict[str, str]:
             if len(text) > _LONGEST_TEXT:
                 raise SetupError(f"{key} is too long: at most {_LONGEST_TEXT} characters.")
             _check(key, text, own)
+            if key == "method":
+                _check_method(text, (given.get("model") or [""])[-1])
         except SetupError as error:
             problems[key] = str(error)
     return problems
@@ -81,6 +90,14 @@ def _check(key: str, text: str, own: Mapping[str, Field]) -> None:
         close = difflib.get_close_matches(key, _every_key(), n=1, cutoff=_CLOSE)
         if close:
             raise SetupError(f"unknown setting {key!r}; did you mean {close[0]}?")
+
+
+def _check_method(method: str, model: str) -> None:
+    bare = model.casefold().startswith("params:")
+    if bare and method not in method_options(bare=True):
+        raise SetupError(
+            f"method {method} needs the model's layers, and {model} is only a number of parameters."
+        )
 
 
 def _check_value(field: Field, text: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import streamlit as st
 
 from planner.compare import comparison, full_of, storage
 from planner.dashboard import tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.formulas import terms
-from planner.dashboard.words import GLOSSARY, NOT_COUNTED, method_title
+from planner.dashboard.words import GLOSSARY, NOT_COUNTED, method_title, peak_place, plain
 from planner.estimate import estimate
 from planner.estimate.parameters import trained_tensors
 from planner.spec import PeftOfSize, Setup, Training
@@ -27,7 +29,7 @@ def page() -> None:
             f"{problem} The formulas below are for the last setup that made sense.", icon=":material/block:"
         )
     st.markdown(
-        f"Now: **{setup.model.id}**, {method_title(setup.method.name)}, {setup.training.precision}, "
+        f"Now: **{plain(setup.model.id)}**, {method_title(setup.method.name)}, {setup.training.precision}, "
         f"{setup.training.optimizer}, {setup.training.micro_batch_size} x {setup.training.seq_len:,} tokens. "
         "Change the inputs, and the numbers here follow."
     )
@@ -39,6 +41,10 @@ def page() -> None:
 
 def _terms(shown: Answer) -> None:
     st.subheader("The parts of the peak", anchor=False)
+    st.caption(
+        "In each box the formula of the whole part; at the right what of it is alive at the peak, "
+        f"in {peak_place(shown.chosen)}."
+    )
     for term in terms(shown.setup, shown.chosen):
         with st.container(border=True, gap="xsmall"):
             with st.container(horizontal=True, vertical_alignment="center"):
@@ -46,9 +52,8 @@ def _terms(shown: Answer) -> None:
                 st.markdown(f"**{term.result}**")
             st.latex(term.formula)
             st.markdown(f"{term.numbers}  \n:small[Source: {term.source}]")
-    st.markdown(
-        f"The peak of allocated memory is the sum of the parts alive at it: **{gib(shown.chosen.peak_allocated_bytes)}**."
-    )
+    peak = gib(shown.chosen.peak_allocated_bytes)
+    st.markdown(f"The peak of allocated memory is the sum of the parts alive at it: **{peak}**.")
 
 
 def _trained(shown: Answer) -> None:
@@ -58,7 +63,12 @@ def _trained(shown: Answer) -> None:
         st.caption("Of this model only the number of parameters is known.")
         return
     lines = [
-        [f"`{t.name}`", " x ".join(f"{size:,}" for size in t.shape), f"{t.count:,}", f"{t.numel * t.count:,}"]
+        [
+            f"<code>{escape(t.name)}</code>",
+            " x ".join(f"{size:,}" for size in t.shape),
+            f"{t.count:,}",
+            f"{t.numel * t.count:,}",
+        ]
         for t in tensors[:_SHOWN_TENSORS]
     ]
     st.html(
@@ -90,15 +100,16 @@ def _by_hand() -> None:
     ]
     lines.append(["Together", gb(compared.peak.full_bytes), gb(compared.peak.chosen_bytes)])
     st.markdown(
-        "16-bit weights and gradients and two fp32 states: 2 + 2 + 8 bytes for each trained parameter, 2 for a "
-        "frozen one. In GB of 10^9 bytes, activations not counted."
+        "16-bit weights and gradients and two fp32 states: 2 + 2 + 8 bytes for each trained parameter, 2 for "
+        "a frozen one. In GB of 10^9 bytes, activations not counted."
     )
     head = ["Part", "Full fine-tuning", f"PEFT, {count(4_000_000)} trained"]
     st.html(tables.html_table(head, lines, alt="The hand-worked example", last_is_total=True))
     disk = storage(chosen, 5)
+    less = percent(compared.peak.reduction or 0)
     st.markdown(
-        f"That is **{percent(compared.peak.reduction or 0)}** less. On disk five tasks take {gb(disk.full_copies_bytes)} "
-        f"as full copies, and {gb(disk.base_and_adapters_bytes)} as one base and five adapters."
+        f"That is **{less}** less. On disk five tasks take {gb(disk.full_copies_bytes)} as full copies, and "
+        f"{gb(disk.base_and_adapters_bytes)} as one base and five adapters."
     )
 
 

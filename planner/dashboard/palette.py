@@ -11,7 +11,8 @@ from planner.report import PARTS
 __all__ = ["ADDED", "CATEGORICAL", "LINE", "PART_COLOURS", "SAVED", "TEXT_ON_WORD", "TOTAL", "WORD_COLOURS"]
 
 CATEGORICAL = (
-    "#346696", "#7ddafb", "#2f8e82", "#9acc8d", "#9260d6", "#c399f8", "#c47816", "#f7cf3d", "#84a2b6", "#6c6151",
+    "#346696", "#7ddafb", "#2f8e82", "#9acc8d", "#9260d6",
+    "#c399f8", "#c47816", "#f7cf3d", "#84a2b6", "#6c6151",
 )  # fmt: skip
 PART_COLOURS = dict(zip(PARTS, CATEGORICAL, strict=False))
 LINE = "#7d8896"  # a middle grey: a black line would vanish on the dark background

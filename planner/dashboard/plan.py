@@ -8,7 +8,7 @@ from planner.advise import largest_micro_batch
 from planner.dashboard import figures, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import details, nearest_change, waterfall
-from planner.dashboard.words import method_title, peak_place
+from planner.dashboard.words import method_title, peak_place, plain
 from planner.report import PARTS
 from planner.units import count, gib, percent
 
@@ -25,7 +25,7 @@ def page() -> None:
     setup, problem = current_setup()
     st.title("Does it fit?", anchor=False)
     for line in state.link_warnings():
-        st.warning(f"The link: {line} The default is used.", icon=":material/link_off:")
+        st.warning(f"The link: {plain(line)} The default is used.", icon=":material/link_off:")
     shown = answer(setup)
     if problem:
         _problem(problem, shown)
@@ -42,11 +42,12 @@ def page() -> None:
 
 
 def _problem(problem: str, shown: Answer) -> None:
-    st.error(problem, icon=":material/block:")
+    st.error(plain(problem), icon=":material/block:")
     setup = shown.setup
     st.caption(
-        f":material/history: Below is the last setup that made sense: {setup.model.id}, "
-        f"{method_title(setup.method.name)}, {setup.training.micro_batch_size} x {setup.training.seq_len:,} tokens."
+        f":material/history: Below is the last setup that made sense: {plain(setup.model.id)}, "
+        f"{method_title(setup.method.name)}, {setup.training.micro_batch_size} x "
+        f"{setup.training.seq_len:,} tokens."
     )
 
 
@@ -123,7 +124,7 @@ def _bars(shown: Answer) -> None:
     st.html(figures.legend(shown.rows, shown.verdict))
     if any(part in report.not_known for _, report in shown.rows for part in PARTS):
         for note in shown.chosen.notes:
-            st.caption(f":material/info: {note}")
+            st.caption(f":material/info: {plain(note)}")
 
 
 def _table(shown: Answer) -> None:

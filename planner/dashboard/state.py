@@ -7,7 +7,7 @@ starts with an underscore.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import streamlit as st
 
@@ -19,15 +19,14 @@ __all__ = [
     "CONFIG_TEXT",
     "apply",
     "asked",
+    "binding",
     "checked_link",
     "config_text",
-    "correct",
     "dismiss_warnings",
     "forget_config",
     "keep",
     "last_good",
     "link_warnings",
-    "needs_another_run",
     "remember_good",
     "reset",
     "restore",
@@ -35,36 +34,30 @@ __all__ = [
 ]
 
 CONFIG_TEXT = "_config_text"  # a pasted or uploaded config.json; not part of the link
-_KEPT, _WARNINGS, _CHECKED, _GOOD = "_kept", "_warnings", "_checked", "_good"
-_CORRECTIONS = "_corrections"
+_KEPT, _WARNINGS, _CHECKED, _GOOD, _UNBOUND = "_kept", "_warnings", "_checked", "_good", "_unbound"
 
 
 def checked_link() -> None:
-    """On a session's first run, read the link and note what is wrong with it.
+    """On a session's first run, read the link, note what is wrong with it and take that out of the address.
 
-    Free texts that cannot be (an unknown GPU) are put right in a second run: in the first one the
-    link wins over any value set from code.
+    An input whose value in the link is wrong is not bound to the address in that run: streamlit would
+    take any text for an input that accepts new options.
     """
-    for key, value in st.session_state.pop(_CORRECTIONS, {}).items():
-        st.session_state[key] = value
+    st.session_state[_UNBOUND] = ()
     if st.session_state.get(_CHECKED):
         return
     st.session_state[_CHECKED] = True
     given = {key: st.query_params.get_all(key) for key in st.query_params}
-    correct(link_problems(given))
+    problems = link_problems(given)
+    for key in problems:
+        del st.query_params[key]
+    st.session_state[_WARNINGS] = list(problems.values())
+    st.session_state[_UNBOUND] = tuple(problems)
 
 
-def correct(problems: Mapping[str, str]) -> None:
-    """Warn about these inputs (name -> line) and take their defaults in the next run."""
-    st.session_state[_WARNINGS] = [*link_warnings(), *problems.values()]
-    st.session_state[_CORRECTIONS] = {
-        key: value for key, value in _defaults().items() if key in problems and key in DEFAULTS
-    }
-
-
-def needs_another_run() -> bool:
-    """Whether a correction waits for the next run of the script."""
-    return bool(st.session_state.get(_CORRECTIONS))
+def binding(name: str) -> Literal["query-params"] | None:
+    """How an input is bound to the address in this run."""
+    return None if name in st.session_state[_UNBOUND] else "query-params"
 
 
 def link_warnings() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from planner.report import MemoryReport
 
 __all__ = [
@@ -18,7 +20,10 @@ __all__ = [
     "field_label",
     "method_title",
     "peak_place",
+    "plain",
 ]
+
+_MARKS = re.compile(r"[\\`*_{}\[\]()<>#+!|$:~^-]")
 
 PART_TITLES = {
     "base_weights": "Base weights",
@@ -97,8 +102,8 @@ FIELD_HELP = {
     "gradient_accumulation_steps": "Micro batches before each optimizer step.",
     "precision": "bf16, fp16, fp32: weights, gradients and states in that type. bf16-mixed, fp16-mixed: fp32 "
     "weights under autocast. textbook: 2 + 2 + 8 bytes for each trained parameter.",
-    "optimizer": "adamw is torch's own default on CUDA (foreach), with temporaries as large as what it trains; "
-    "adamw-fused has none.",
+    "optimizer": "adamw is torch's own default on CUDA (foreach), with temporaries as large as what it "
+    "trains; adamw-fused has none.",
     "activation_checkpointing": "Keeps each layer's input and computes the layer again in the backward pass. "
     "Also called gradient checkpointing.",
     "attention": "sdpa is torch's own choice; eager keeps the whole attention matrix.",
@@ -123,7 +128,7 @@ NOT_COUNTED = (
 )
 GLOSSARY = {
     "Allocated": "bytes of living tensors, as torch.cuda.max_memory_allocated counts them.",
-    "Reserved": "the allocator's segments, allocated and free, as torch.cuda.max_memory_reserved counts them.",
+    "Reserved": "the allocator's segments, used and free, as torch.cuda.max_memory_reserved counts them.",
     "Device used": "reserved, the CUDA context and other processes: what nvidia-smi shows.",
     "Predicted": "by formula; simulated: by running the training step on tensors without storage.",
     "Measured": "read on a CUDA device while the step ran.",
@@ -142,6 +147,11 @@ def field_label(name: str) -> str:
 def method_title(name: str) -> str:
     """A method's name within a sentence: `"full fine-tuning"`, `"LoRA"`."""
     return _METHOD_TITLES.get(name, name)
+
+
+def plain(text: str) -> str:
+    """Text that may hold a visitor's words, with every mark of Markdown escaped."""
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def peak_place(report: MemoryReport) -> str:
