@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,13 @@ class Modules:
         before = nn.modules.module.register_module_forward_pre_hook(self._enter)
         after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         self._handles = [before, after]
+
+    def is_head_gradient(self, factors: Sequence[Any]) -> bool:
+        """Whether a product of the backward pass has the shape of the trained output weight."""
+        weight = getattr(self._head, "weight", None)
+        if weight is None or not weight.requires_grad:
+            return False
+        return bool(weight.shape == (factors[0].shape[0], factors[1].shape[1]))
 
     def unwatch(self) -> None:
         """Remove the hooks."""
@@ -140,6 +148,10 @@ class Tracer(TorchDispatchMode):
             )
         ledger = self.ledger
         ledger.part, backward = self._part()
+        if func is aten.zeros_like.default and self.phase == "optimizer_step":
+            ledger.part = "optimizer_states"  # torch's optimizers make their states so, in the first step
+        elif func is aten.mm.default and backward and self.modules.is_head_gradient(args):
+            ledger.part = "gradients"  # a tied one waits in the engine for the embedding's
         ledger.op, ledger.place = func, self._node_or_place(backward)
         if func is ADDITION and backward and not kwargs and (grown := added_in_place(args)) is not None:
             return grown  # on CUDA autograd's engine adds into it; without values nothing is left to do
