@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Areas: the first folder or file below planner/. Formulas and data stand on the standard library.
 LIGHT = {
+    "accuracy",
     "advise",
     "catalog",
     "compare",
     "errors",
     "estimate",
     "model",
+    "record",
     "report",
     "spec",
     "targets",

@@ -8,10 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from planner.cli.parser import program
 from planner.cli.reply import Reply
 from planner.errors import PlannerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -54,11 +58,19 @@ def _run(arguments: list[str]) -> int:
     if args.json:
         print(json.dumps(reply.to_dict(), allow_nan=False))
     else:
-        from planner.cli.tables import screen
-
-        reply.show(screen())
+        reply.show(_screen())
     sys.stdout.flush()
     return 0
+
+
+def _screen() -> Console:
+    try:
+        from planner.cli.tables import screen
+    except ModuleNotFoundError:  # rich is missing: verbs that print plain text still do
+        from planner.cli.plain import PlainScreen
+
+        return PlainScreen()  # type: ignore[return-value]
+    return screen()
 
 
 def _failed(message: str, exit_code: int, *, debug: bool) -> int:

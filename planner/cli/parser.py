@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from planner.cli import catalogs, compare, estimate, fit, params, simulate
+from planner.cli import catalogs, compare, estimate, fit, measure, params, records, simulate
 from planner.cli.reply import Reply
 from planner.errors import SetupError, nearest
 from planner.version import __version__
@@ -28,6 +28,8 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "estimate": Verb(help=estimate.HELP, flags=estimate.flags, answer=estimate.answer),
     "simulate": Verb(help=simulate.HELP, flags=simulate.flags, answer=simulate.answer),
+    "measure": Verb(help=measure.HELP, flags=measure.flags, answer=measure.answer),
+    "records": Verb(help=records.HELP, flags=records.flags, answer=records.answer),
     "params": Verb(help=params.HELP, flags=params.flags, answer=params.answer),
     "compare": Verb(help=compare.HELP, flags=compare.flags, answer=compare.answer),
     "fit": Verb(help=fit.HELP, flags=fit.flags, answer=fit.answer),

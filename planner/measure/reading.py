@@ -1,0 +1,188 @@
+"""Readings of torch's CUDA allocator around every phase of a training run (imports torch)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from planner.training.run import TrainingRun
+
+__all__ = ["CudaReadings", "Emit", "durations", "workspace_bytes"]
+
+Emit = Callable[..., None]  # emit("phase", name="load", ...): one event
+
+
+@contextmanager
+def durations(emit: Emit, name: str, step: int | None) -> Iterator[None]:
+    """A phase of a rehearsal: only its time is taken."""
+    emit("enter", name=name, step=step)
+    began = time.perf_counter()
+    yield
+    emit("phase", name=name, step=step, seconds=time.perf_counter() - began)
+
+
+class CudaReadings:
+    """The phase hook of a measured run: resets peaks before a phase, reads everything after it.
+
+    Every phase's event carries `known`: the bytes of those parts that are known exactly at that phase's
+    peak, from the allocator's own blocks. All other bytes of the peak are a remainder.
+    """
+
+    def __init__(self, emit: Emit, used_bytes: Callable[[], int]) -> None:
+        """`used_bytes` reads the device's memory in use by everyone."""
+        self._emit = emit
+        self._used_bytes = used_bytes
+        self.phase: tuple[str, int | None] = ("", None)
+        self.snapshots: list[str] = []  # what each snapshot was taken for, in order: marks in a trace
+        self.tracing = False
+        self._run: TrainingRun | None = None
+        self._base = self._adapters = self._gradients = self._states = 0
+        self._stepped = False
+        self._accumulated: dict[int, torch.nn.Parameter] = {}
+        self._at_peak: tuple[int, ...] = ()
+        self._peak_seen = self._last_peak = 0
+
+    def follow(self, run: TrainingRun) -> None:
+        """Know the run's parameters, and notice each gradient when it is accumulated."""
+        self._run = run
+        for parameter in run.trained:
+            parameter.register_post_accumulate_grad_hook(self._accumulated_gradient)
+
+    @contextmanager
+    def __call__(self, name: str, step: int | None) -> Iterator[None]:
+        """Around one phase; the peaks are read however it ends."""
+        since = _stat("allocated_bytes", "peak")  # of the last phase and of what followed it
+        between = since if since > self._last_peak else 0
+        torch.cuda.reset_peak_memory_stats()
+        self.phase = (name, step)
+        self._peak_seen = _stat("allocated_bytes", "current")
+        self._at_peak = tuple(self._accumulated)
+        self._mark(f"begin {name} {step or ''}")
+        self._emit("enter", name=name, step=step)
+        began = time.perf_counter()
+        failed = True
+        try:
+            yield
+            torch.cuda.synchronize()
+            failed = False
+        finally:
+            with contextlib.suppress(*((RuntimeError,) if failed else ())):  # a lost device answers nothing
+                self._follow_peak()
+                self._read(name, step, between, time.perf_counter() - began, failed=failed)
+
+    def _read(self, name: str, step: int | None, between: int, seconds: float, *, failed: bool) -> None:
+        allocated, peak = _stat("allocated_bytes", "current"), _stat("allocated_bytes", "peak")
+        self._last_peak = peak
+        readings = {
+            "allocated_bytes": allocated,
+            "peak_allocated_bytes": peak,
+            "reserved_bytes": _stat("reserved_bytes", "current"),
+            "peak_reserved_bytes": _stat("reserved_bytes", "peak"),
+        }
+        retries = int(torch.cuda.memory_stats_as_nested_dict(0)["num_alloc_retries"])
+        self._emit(
+            "phase",
+            name=name,
+            step=step,
+            **readings,
+            between_peak_bytes=between,
+            retries=retries,
+            device_used_bytes=self._used_bytes(),
+            seconds=seconds,
+            failed=failed,
+            known={} if failed and name == "load" else self._known(name, allocated),
+        )
+        if name == "optimizer_step":
+            self._stepped = True
+        self._mark(f"end {name} {step or ''}")
+
+    def _known(self, name: str, allocated: int) -> dict[str, int]:
+        """The parts known exactly at this phase's peak."""
+        if name == "load":
+            self._base = allocated  # all that loading leaves on an empty device
+            return {"base_weights": allocated}
+        if name == "attach":
+            self._adapters = allocated - self._base
+            return {"base_weights": self._base}
+        known = {"base_weights": self._base, "adapter_weights": self._adapters}
+        if name == "forward":
+            return known | {"gradients": self._gradients, "optimizer_states": self._states}
+        if name == "backward":
+            blocks = self._blocks(name)
+            sizes = {
+                key: _bytes_of(blocks, (p.grad,) if p.grad is not None else ())
+                for key, p in self._accumulated.items()
+            }
+            self._gradients = sum(sizes.values())
+            known["gradients"] = sum(sizes[key] for key in self._at_peak)
+            return known | {"optimizer_states": self._states}
+        known["gradients"] = self._gradients
+        states = self._state_bytes(name)
+        if self._stepped or not states:  # in the first step they appear somewhere within the phase
+            known["optimizer_states"] = states
+        self._states, self._gradients = states, 0
+        self._accumulated.clear()
+        return known
+
+    def _state_bytes(self, name: str) -> int:
+        assert self._run is not None
+        kept = [
+            value
+            for state in self._run.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        return _bytes_of(self._blocks(name), kept)
+
+    def _accumulated_gradient(self, parameter: torch.nn.Parameter) -> None:
+        self._follow_peak()
+        self._accumulated[id(parameter)] = parameter
+
+    def _follow_peak(self) -> None:
+        """Remember which gradients were there when the allocator's peak last rose."""
+        peak = _stat("allocated_bytes", "peak")
+        if peak > self._peak_seen:
+            self._peak_seen = peak
+            self._at_peak = tuple(self._accumulated)
+
+    def _blocks(self, name: str) -> dict[int, int]:
+        """Size of every block in use, by its address."""
+        if self.tracing:
+            self.snapshots.append(f"blocks {name}")
+        return {
+            block["address"]: block["size"]
+            for segment in torch.cuda.memory_snapshot()
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated"
+        }
+
+    def _mark(self, label: str) -> None:
+        """In a trace, a snapshot leaves an event that says where a phase begins and ends."""
+        if self.tracing:
+            self.snapshots.append(label.strip())
+            torch.cuda.memory_snapshot()
+
+
+def workspace_bytes() -> int | None:
+    """What cuBLAS and cublasLt keep, read by giving it back; None where this torch cannot."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is None:
+        return None
+    before = _stat("allocated_bytes", "current")
+    clear()
+    return before - _stat("allocated_bytes", "current")
+
+
+def _stat(name: str, which: str) -> int:
+    """One figure of the allocator's statistics for cuda:0: `current` or `peak`."""
+    return int(torch.cuda.memory_stats_as_nested_dict(0)[name]["all"][which])
+
+
+def _bytes_of(blocks: dict[int, int], tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the blocks that hold these tensors' storages, each counted once."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.is_cuda}
+    return sum(blocks.get(address, 0) for address in addresses)
