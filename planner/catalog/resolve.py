@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.catalog import UnknownFamily, bare_model, model, model_from_config, models
 from planner.catalog.config_file import local_config, looks_like_a_path, parsed_config, shown
-from planner.catalog.hub import MissingRepository, hub_config, is_hub_id
+from planner.catalog.hub import hub_config, is_hub_id
 from planner.catalog.inventory import inventoried_model
 from planner.errors import ModelError, nearest
 from planner.model import Model
@@ -58,8 +58,8 @@ def _in_catalogue(name: str) -> bool:
 def _from_hub(model_id: str) -> Model:
     try:
         found = hub_config(model_id)
-    except MissingRepository as error:
-        raise MissingRepository(f"{error}{_near(model_id)}") from None
+    except ModelError as error:  # missing, or not reachable: a name of the catalogue may have been meant
+        raise type(error)(f"{error}{_near(model_id)}") from None
     config = parsed_config(found.text, label=model_id)
     return _from_config(config, model_id, found.source)
 
