@@ -8,10 +8,11 @@ from planner.advise import Change, changes, grid, smallest_gpu
 from planner.compare import storage
 from planner.dashboard import figures, grid as squares, state, tables
 from planner.dashboard.answers import Answer, cards
-from planner.dashboard.words import NOT_COUNTED, method_title, plain
+from planner.dashboard.steps import steps_alt, steps_figure, steps_table
+from planner.dashboard.words import NOT_COUNTED, method_title, peak_place, plain
 from planner.units import gib, percent
 
-__all__ = ["details", "nearest_change", "waterfall"]
+__all__ = ["beside_the_table", "details", "nearest_change"]
 
 _GRID_KEY = "_grid"
 
@@ -27,6 +28,8 @@ def details(shown: Answer) -> None:
     with left:
         _cards(shown)
     with right:
+        if not shown.is_full:
+            steps(shown)
         _storage(shown)
     _not_counted(shown)
 
@@ -35,8 +38,9 @@ def nearest_change(shown: Answer) -> None:
     """Where the run does not surely fit: the cheapest change that makes it fit, with its button."""
     if shown.verdict is None or shown.verdict.word not in ("tight", "does not fit"):
         return
-    found = next((change for change in changes(shown.setup) if change.fits), None)
-    if found is not None:
+    fitting = [change for change in changes(shown.setup) if change.fits]
+    if fitting:
+        found = min(fitting, key=lambda change: len(change.keys))  # among equals the cheapest, which is first
         _offer(
             f"The nearest change that fits: {_lower(found.words)}, {gib(found.peak_allocated_bytes)}.",
             found.keys,
@@ -141,16 +145,42 @@ def _cards(shown: Answer) -> None:
         tables.cards_table(found),
         hide_index=True,
         height=330,
+        column_config={
+            "Verdict": st.column_config.TextColumn(width=95),
+            "GPU": st.column_config.TextColumn(width=160),
+            "Memory, GiB": st.column_config.NumberColumn(width=80, format="%.1f"),
+            "At most, GiB": st.column_config.NumberColumn(width=80, format="%.1f"),
+        },
         key="_cards",
         alt="Every GPU of the catalogue with the verdict for this setup, what fits first.",
     )
 
 
+def beside_the_table(shown: Answer) -> None:
+    """The waterfall, or the phases where there is nothing to fall from."""
+    if shown.is_full:
+        steps(shown)
+    else:
+        waterfall(shown)
+
+
+def steps(shown: Answer) -> None:
+    """Memory over the step, the phase of the peak named; its twin folded."""
+    st.subheader("Memory over the step", anchor=False)
+    st.caption(f"The peak is in {peak_place(shown.chosen)}. Step 2 stands for every later one.")
+    st.plotly_chart(
+        steps_figure(shown.chosen, shown.verdict),
+        key="_steps",
+        config=figures.CONFIG,
+        alt=steps_alt(shown.chosen),
+    )
+    with st.expander("The phases as a table", icon=":material/table:"):
+        st.html(steps_table(shown.chosen))
+
+
 def waterfall(shown: Answer) -> None:
     """From full fine-tuning's peak to the chosen method's; its twin is the table of parts."""
     title = method_title(shown.setup.method.name)
-    if shown.is_full:
-        return
     st.markdown(f"**From full fine-tuning to {title}**")
     st.plotly_chart(
         figures.waterfall(shown.comparison, "Full fine-tuning", title[0].upper() + title[1:]),

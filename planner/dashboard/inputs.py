@@ -12,7 +12,7 @@ from planner.dashboard import state
 from planner.dashboard.fields import Field, method_fields, training_fields
 from planner.dashboard.links import DEFAULTS, command, default_of, link, method_options
 from planner.dashboard.models import resolved
-from planner.dashboard.words import FIELD_HELP, METHOD_CAPTIONS, field_label
+from planner.dashboard.words import FIELD_HELP, METHOD_CAPTIONS, field_label, method_title
 from planner.errors import PlannerError
 from planner.model import Model
 from planner.spec import PeftOfSize
@@ -39,7 +39,9 @@ def sidebar() -> None:
         _gpu()
         own = method_fields(method)
         if own:
-            with st.expander(f"Settings of {method}", icon=":material/tune:", key="_method_settings"):
+            with st.expander(
+                f"Settings of {method_title(method)}", icon=":material/tune:", key="_method_settings"
+            ):
                 for field in own:
                     _input(field, model)
         with st.expander("Precision, optimizer and more", icon=":material/settings:", key="_more_settings"):

@@ -7,7 +7,7 @@ import streamlit as st
 from planner.advise import largest_micro_batch
 from planner.dashboard import figures, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
-from planner.dashboard.details import details, nearest_change, waterfall
+from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
 from planner.report import PARTS
 from planner.units import count, gib, percent
@@ -37,7 +37,7 @@ def page() -> None:
     with left:
         _table(shown)
     with right:
-        waterfall(shown)
+        beside_the_table(shown)
     details(shown)
 
 

@@ -116,7 +116,9 @@ def _saved(difference: Difference) -> str:
 def _cells(line: Sequence[str]) -> str:
     first, *others = line
     numbers = "".join(f'<td style="{_CELL}{_ALIGN[True]}white-space:nowrap">{text}</td>' for text in others)
-    return f'<th scope="row" style="{_CELL}{_ALIGN[False]}font-weight:inherit">{first}</th>{numbers}'
+    return (
+        f'<th scope="row" style="{_CELL}{_ALIGN[False]}font-weight:inherit;width:34%">{first}</th>{numbers}'
+    )
 
 
 def _in_words(cell: Cell) -> str:

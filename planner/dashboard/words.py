@@ -20,6 +20,7 @@ __all__ = [
     "field_label",
     "method_title",
     "peak_place",
+    "phase_title",
     "plain",
 ]
 
@@ -147,6 +148,11 @@ def field_label(name: str) -> str:
 def method_title(name: str) -> str:
     """A method's name within a sentence: `"full fine-tuning"`, `"LoRA"`."""
     return _METHOD_TITLES.get(name, name)
+
+
+def phase_title(name: str) -> str:
+    """A phase on an axis: `"Optimizer step"`."""
+    return name.replace("_", " ").capitalize()
 
 
 def plain(text: str) -> str:

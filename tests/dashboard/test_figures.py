@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from planner.advise import grid, verdict
 from planner.compare import comparison, full_of
-from planner.dashboard import figures, grid as squares, tables
+from planner.dashboard import figures, grid as squares, steps, tables
 from planner.dashboard.answers import answer
 from planner.dashboard.words import PART_TITLES
 from planner.estimate import estimate
@@ -66,6 +66,16 @@ def test_the_waterfall_ends_at_the_chosen_peak(rows) -> None:
     assert steps.measure[0] == "absolute"
     assert steps.measure[-1] == "total"
     assert sum(steps.x[:-1]) * GIB == pytest.approx(compared.peak.chosen_bytes)
+
+
+def test_the_phase_of_the_peak_stands_out_once(rows) -> None:
+    report = rows[1][1]
+    bars = steps.steps_figure(report, verdict(report, SETUP.gpu)).data[0]
+    assert list(bars.text).count("the peak") == 1
+    assert max(bars.y) == bars.y[list(bars.text).index("the peak")]
+    assert len(set(bars.x)) == len(report.phases)
+    assert gib(report.peak_allocated_bytes) in steps.steps_alt(report)
+    assert gib(report.peak_allocated_bytes) in steps.steps_table(report)
 
 
 def test_tables_and_files_hold_the_same_numbers(rows) -> None:
