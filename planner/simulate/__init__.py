@@ -23,7 +23,7 @@ def simulate(setup: Setup, **options: Any) -> MemoryReport:
 def simulate_step(
     build: Callable[[], Any], step: Callable[[Any], Any], *, gpu: Gpu | str | None = None
 ) -> MemoryReport:
-    """The memory of anyone's own training step, simulated; see `planner.simulate.run.simulate_step`."""
-    from planner.simulate.run import simulate_step as simulated
+    """The memory of anyone's own training step, simulated; see `planner.simulate.own_step`."""
+    from planner.simulate.own_step import simulated_own_step as simulated
 
     return simulated(build, step, gpu=gpu)

@@ -58,9 +58,7 @@ class AllocatorConfig:
     def __post_init__(self) -> None:
         large = self.large_segment_bytes
         if large <= MIN_LARGE_BYTES or large % MIB:
-            raise SetupError(
-                f"large_segment_size_mb must be a whole number above 10, got {large / MIB:g}."
-            )
+            raise SetupError(f"large_segment_size_mb must be a whole number above 10, got {large / MIB:g}.")
         for name in ("max_split_size", "max_non_split_rounding"):
             value = getattr(self, f"{name}_bytes")
             if value is not None and value < large:

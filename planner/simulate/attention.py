@@ -44,19 +44,23 @@ class AttentionRules:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """`[b, heads, s, d]` in, `[b, heads, s, d]` out, by the kernel that CUDA would run."""
+        out: torch.Tensor
         kernel = self._kernel(query, key, value, attn_mask, enable_gqa=enable_gqa)
         if kernel == "math":
-            return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            out = _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return out
         mask = _float_mask(attn_mask, query)
         if kernel == "flash":
             return _flash(query, key, value, dropout_p, is_causal, scale)
         if kernel == "cudnn":
-            return aten._scaled_dot_product_cudnn_attention(
+            out = aten._scaled_dot_product_cudnn_attention(
                 query, key, value, mask, True, dropout_p, is_causal, False, scale=scale
             )[0]
-        return aten._scaled_dot_product_efficient_attention(
+            return out
+        out = aten._scaled_dot_product_efficient_attention(
             query, key, value, _padded(mask, query, key), True, dropout_p, is_causal, scale=scale
         )[0]
+        return out
 
     def _kernel(
         self,

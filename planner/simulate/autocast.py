@@ -129,14 +129,19 @@ def cuda_autocast_functions() -> Iterator[None]:
         autocast = _autocast(torch.autocast)
         enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
         available = torch.amp.is_autocast_available
-        for owner, name, form in (
+        questions: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
             (torch, "autocast", autocast),
             (torch.amp, "autocast", autocast),
             (torch.amp, "is_autocast_available", lambda kind: kind == "meta" or available(kind)),
             (torch, "is_autocast_enabled", lambda *a: enabled(*a) if _elsewhere(a) else _dtype() is not None),
-            (torch, "get_autocast_dtype", lambda *a: dtype(*a) if _elsewhere(a) else _dtype() or dtype("cuda")),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, form))
+            (
+                torch,
+                "get_autocast_dtype",
+                lambda *a: dtype(*a) if _elsewhere(a) else _dtype() or dtype("cuda"),
+            ),
+        )
+        for owner, name, replacement in questions:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
 
 

@@ -18,6 +18,7 @@ from planner.simulate.attention import AttentionRules
 
 __all__ = ["cuda_forms", "cuda_optimizers"]
 
+
 @contextmanager
 def cuda_forms(rules: AttentionRules) -> Iterator[None]:
     """Dropout, softmax and attention on `meta` as CUDA runs them; other devices are left alone.
@@ -88,7 +89,7 @@ def cuda_optimizers() -> Iterator[None]:
     with ExitStack() as stack:
         # torch/amp/grad_scaler.py switches itself off where CUDA is not there
         stack.enter_context(
-            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False)
         )
         for module in (optimizer, _foreach_utils):
             for name, devices in (
@@ -96,5 +97,7 @@ def cuda_optimizers() -> Iterator[None]:
                 ("_get_fused_kernels_supported_devices", fused),
             ):
                 if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, lambda devices=devices: list(devices)))
+                    stack.enter_context(
+                        mock.patch.object(module, name, lambda devices=devices: list(devices))
+                    )
         yield

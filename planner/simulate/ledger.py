@@ -133,5 +133,3 @@ class Ledger:
         self.events.append(self.allocator.allocated_bytes)
         if len(self.events) > LARGEST_EVENT_COUNT:
             raise TooManyEvents
-
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,6 +39,13 @@ _PARTS_OF_PHASES = {"load": "base_weights", "attach": "adapter_weights"}  # else
 _LAST_SEQUENCE = 2**63  # AccumulateGrad carries the largest number
 
 
+class HasModules(Protocol):
+    """A module, or several that are trained together."""
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every module with its name."""
+
+
 class Modules:
     """Which module runs: a stack in the forward pass, autograd's sequence numbers in the backward pass.
 
@@ -58,7 +65,7 @@ class Modules:
         self._places: list[str] = []
         self._handles: list[Any] = []
 
-    def watch(self, net: nn.Module) -> None:
+    def watch(self, net: HasModules) -> None:
         """Follow every module of `net`; its output embeddings mark where logits begin."""
         self._names = {id(module): name for name, module in net.named_modules()}
         head = getattr(net, "get_output_embeddings", lambda: None)()
@@ -90,7 +97,7 @@ class Modules:
 
     def end_forward(self) -> None:
         """The loss is there; later numbers belong to a recomputation."""
-        self.in_head, self.forward_end = False, torch.autograd._get_sequence_nr()
+        self.in_head, self.forward_end = False, torch._C._autograd._get_sequence_nr()
 
     def in_loss(self, sequence: int) -> bool:
         """Whether a node belongs to the head or the loss."""
@@ -101,7 +108,7 @@ class Modules:
         )
 
     def _mark(self) -> None:
-        self._starts.append(torch.autograd._get_sequence_nr())
+        self._starts.append(torch._C._autograd._get_sequence_nr())
         self._places.append(self.stack[-1] if self.stack else "")
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
@@ -112,7 +119,7 @@ class Modules:
         self._mark()
         if module is self._head:
             self.in_head = True
-            self.head_sequence = torch.autograd._get_sequence_nr()
+            self.head_sequence = torch._C._autograd._get_sequence_nr()
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if id(module) in self._names and self.stack:
@@ -125,7 +132,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, ledger: Ledger, workspaces: Workspaces, modules: Modules) -> None:
         """`modules` names the places; nothing is recorded until the mode is entered."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.workspaces = workspaces
         self.modules = modules
@@ -183,7 +190,7 @@ class Tracer(TorchDispatchMode):
         whether anything is infinite. Counts are 1, other numbers 0.
         """
         if tensor.dtype == torch.bool:
-            return tensor.untyped_storage()._cdata != self._last_any
+            return bool(tensor.untyped_storage()._cdata != self._last_any)
         return 0.0 if tensor.is_floating_point() else 1
 
     def _part(self) -> tuple[str, bool]:
@@ -226,6 +233,8 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tor
     if dtype == torch.bfloat16:
         out: torch.Tensor = func(*args, **kwargs)
         return out
-    narrow = [a.to(torch.bfloat16) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    narrow = [
+        a.to(torch.bfloat16) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    ]
     narrow_out: torch.Tensor = func(*narrow, **kwargs)
     return narrow_out.to(dtype)

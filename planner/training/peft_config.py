@@ -27,7 +27,7 @@ def with_peft_config(net: nn.Module, model: Model, method: PeftConfig, *, task: 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted: Any = peft.get_peft_model(net, config)  # type: ignore[arg-type]
+            adapted: Any = peft.get_peft_model(net, config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
         raise SetupError(
             f"peft {peft.__version__} cannot attach {config.peft_type} to {model.id}: {_reason(error)}"
@@ -41,7 +41,7 @@ def _config(method: PeftConfig, task: str | None) -> peft.PeftConfig:
     if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         names = [str(getattr(name, "value", name)) for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
         raise SetupError(f"peft {peft.__version__} knows no peft_type {kind!r}; {nearest(kind, names)}")
-    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     known = {f.name for f in dataclasses.fields(cls)}
     for key in _MADE_FOR_LOADING:
         values.pop(key, None)

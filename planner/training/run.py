@@ -132,7 +132,7 @@ class TrainingRun:
 
             with self.autocast(dtype):
                 outputs = self.net(**inputs)
-            outputs = convert_outputs_to_fp32(lambda: outputs)()  # type: ignore[no-untyped-call]
+            outputs = convert_outputs_to_fp32(lambda: outputs)()
         return outputs.loss, outputs
 
     def _inputs(self) -> dict[str, torch.Tensor]:
