@@ -92,7 +92,7 @@ def _know(simulation: Simulation, state: State) -> None:
     for tensor in state.tensors:
         if id(tensor) not in weights and tensor.device.type == "meta":
             simulation.ledger.retag(tensor, "activations")
-    simulation.modules.watch(state)
+    simulation.modules.watch(state.named_modules(), state.head())
     simulation.follow_gradients(p for p in state.parameters() if p.requires_grad)
 
 

@@ -20,7 +20,7 @@ from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
-from planner.simulate.trace import Modules, Tracer
+from planner.simulate.trace import Modules, Tracer, head_of
 
 __all__ = ["Progress", "Simulation"]
 
@@ -129,7 +129,7 @@ class Simulation:
 
     def follow(self, net: nn.Module, trained: Sequence[nn.Parameter]) -> None:
         """Name the modules, and know gradients when they are accumulated."""
-        self.modules.watch(net)
+        self.modules.watch(net.named_modules(), head_of(net))
         self.follow_gradients(trained)
 
     def follow_gradients(self, trained: Iterable[torch.Tensor]) -> None:

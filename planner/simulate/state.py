@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.simulate.trace import head_of
+
 __all__ = ["State"]
 
 _DEEPEST = 4  # state.trainer.parts["model"] is three steps down
@@ -49,13 +51,10 @@ class State:
                     seen.add(id(part))
                     yield ".".join(each for each in (place, name) if each), part
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head of the first module that names one, as transformers' models do."""
-        for module in self.modules.values():
-            head = getattr(module, "get_output_embeddings", lambda: None)()
-            if isinstance(head, nn.Module):
-                return head
-        return None
+    def head(self) -> nn.Module | None:
+        """The output embeddings of the first module that names them."""
+        heads = (head_of(module) for module in self.modules.values())
+        return next((head for head in heads if head is not None), None)
 
     def _search(self, value: Any, place: str, depth: int, seen: set[int]) -> None:
         if id(value) in seen or depth > _DEEPEST:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from planner.simulate.accumulation import ADDITION, added_in_place, unshared_cou
 from planner.simulate.kernels import PRODUCTS, SCRATCH, Workspaces
 from planner.simulate.ledger import Ledger
 
-__all__ = ["Modules", "Tracer"]
+__all__ = ["Modules", "Tracer", "head_of"]
 
 aten = torch.ops.aten
 
@@ -39,13 +39,6 @@ _PARTS_OF_PHASES = {"load": "base_weights", "attach": "adapter_weights"}  # else
 _LAST_SEQUENCE = 2**63  # AccumulateGrad carries the largest number
 
 
-class HasModules(Protocol):
-    """A module, or several that are trained together."""
-
-    def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every module with its name."""
-
-
 class Modules:
     """Which module runs: a stack in the forward pass, autograd's sequence numbers in the backward pass.
 
@@ -65,10 +58,9 @@ class Modules:
         self._places: list[str] = []
         self._handles: list[Any] = []
 
-    def watch(self, net: HasModules) -> None:
-        """Follow every module of `net`; its output embeddings mark where logits begin."""
-        self._names = {id(module): name for name, module in net.named_modules()}
-        head = getattr(net, "get_output_embeddings", lambda: None)()
+    def watch(self, named: Iterable[tuple[str, nn.Module]], head: nn.Module | None) -> None:
+        """Follow these modules; `head`, the output embeddings, marks where logits begin."""
+        self._names = {id(module): name for name, module in named}
         self._head = head
         before = nn.modules.module.register_module_forward_pre_hook(self._enter)
         after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
@@ -125,6 +117,12 @@ class Modules:
         if id(module) in self._names and self.stack:
             self.stack.pop()
             self._mark()
+
+
+def head_of(net: nn.Module) -> nn.Module | None:
+    """The output embeddings of a model that names them, as transformers' models do."""
+    found = getattr(net, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
 
 
 class Tracer(TorchDispatchMode):
