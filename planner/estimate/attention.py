@@ -74,9 +74,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
     if form.head_norms and shape.qk_norm != "none":
         q = ops.norm(q, form.head_norms[0], shape.norm)
         k = ops.norm(k, form.head_norms[1], shape.norm)
-    if shape.positions == "rope":
+    if shape.positions == "rope" and form.rotary:
         share = (shape.rotary_dim or shape.head_dim) / shape.head_dim
-        q, k = (ops.rotary(t, share, cats=shape.family in _CATS) for t in (q, k))
+        q, k = (ops.rotary(t, share, cats=ops.traits.rotary_cats) for t in (q, k))
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     plan = attention_plan(shape, form, training, v.element)
@@ -87,12 +87,10 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         out = _eager(ops, q, k, v, plan, shape, training)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
-    if shape.family in _CATS and plan.kernel == "flash":
+    if ops.traits.rotary_cats and form.rotary and plan.kernel == "flash":
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     return ops.linear(out, form.attention_output)
 
-
-_CATS = ("phi", "phi3", "gpt_neox")  # turned and unturned parts of a head are joined by `cat`
 
 
 def _queries_keys_values(
@@ -101,20 +99,15 @@ def _queries_keys_values(
     """q [T, a d], k and v [T, k d], from three layers or one."""
     if len(form.attention_inputs) == 3:
         q, k, v = (ops.linear(x, linear) for linear in form.attention_inputs)
-        return (ops.scaled(q) if shape.family == "opt" else q), k, v
+        return (ops.scaled(q) if ops.traits.scaled_queries else q), k, v
     fused = ops.linear(x, form.attention_inputs[0])
     queries = ops.tokens * shape.num_attention_heads * shape.head_dim
     keys = ops.tokens * shape.num_key_value_heads * shape.head_dim
-    if shape.family in _SLICED:
+    if ops.traits.fused_qkv == "slices":
         q, k, v = (ops.view(fused, numel) for numel in (queries, keys, keys))
-    else:
-        q, k, v = ops.split(fused, (queries, keys, keys))
-    if shape.family == "falcon":
-        q = ops.op((q,), q.numel, q.element)  # transpose and reshape copy all heads
+        return q, k, v
+    q, k, v = ops.split(fused, (queries, keys, keys))
     return q, k, v
-
-
-_SLICED = ("phi3", "bloom", "falcon")  # slices of the fused output; gpt2 and gpt_neox split it
 
 
 def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -182,6 +175,12 @@ def _eager(
     """
     n = plan.b * plan.a * plan.s**2
     element = q.element
+    if plan.b > 1:  # matmul folds b and a; heads that lie side by side in a token are copied for it
+        cats = ops.traits.rotary_cats
+        q, k, v = (
+            t if contiguous else ops.op((t,), t.numel, t.element, aliases=True)
+            for t, contiguous in ((q, cats), (k, cats or plan.repeated), (v, plan.repeated))
+        )
     scores = ops.op((q, k), n, element, (q, k))
     scores = ops.scaled(scores)
     if shape.attention_softcap is not None:
@@ -189,7 +188,7 @@ def _eager(
         scores = ops.scaled(ops.op((inner,), n, element, keeps_output=True))
     if plan.masked:
         scores = ops.op((scores,), n, element, aliases=True)
-    single = element if shape.family in _SOFTMAX_IN_OWN_TYPE and not ops.recipe.autocast else 4
+    single = element if ops.traits.softmax_in_own_type and not ops.recipe.autocast else 4
     if element == 2 and single == 4 and training.precision != "fp16":
         scores = ops.cast(scores, 4)
     scratch = block_bytes(n * single)
@@ -197,7 +196,5 @@ def _eager(
     dropped = ops.dropout(ops.cast(probabilities, element), shape.attention_dropout)
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
-
-_SOFTMAX_IN_OWN_TYPE = ("gpt2", "bert", "roberta", "falcon")  # no dtype=float32 in their softmax
 
 _KERNELS = {"flash": _flash, "cudnn": _flash, "efficient": _efficient, "math": _math}

@@ -7,30 +7,13 @@ from __future__ import annotations
 
 from planner.estimate.attention import attention
 from planner.estimate.forms import LayerForm, ModelForm, TableForm
-from planner.estimate.operations import Operations, RMSStyle
+from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
 from planner.model import Architecture
 from planner.spec import Training
 
-__all__ = ["embedded", "layer", "mlp", "rms_style"]
-
-_RMS_STYLES: dict[str, RMSStyle] = {
-    "gemma": "gemma",
-    "gemma2": "gemma",
-    "gemma3_text": "gemma",
-    "olmo2": "olmo",
-    "olmo3": "olmo",
-    "gpt_oss": "olmo",
-    "t5": "t5",
-    "mt5": "t5",
-}
-
-
-def rms_style(shape: Architecture) -> RMSStyle:
-    """Where the family's RMSNorm casts."""
-    return _RMS_STYLES.get(shape.family, "llama")
-
+__all__ = ["embedded", "layer", "mlp"]
 
 def embedded(ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool) -> Tensor:
     """Token (and position, and type) embeddings, their sum, norm and dropout: the first layer's input.
@@ -49,7 +32,7 @@ def embedded(ops: Operations, form: ModelForm, shape: Architecture, *, inputs_ne
     assert x is not None  # every model has a token embedding
     if shape.embedding_scale:
         x = ops.scaled(x)
-    if len(form.outer_norms) > 1 and shape.family in _NORMED_EMBEDDINGS:
+    if ops.traits.normed_embeddings:
         x = ops.norm(x, form.outer_norms[0], shape.norm)
     return ops.dropout(x, shape.embedding_dropout)
 
@@ -75,9 +58,6 @@ def _looked_up(ops: Operations, table: TableForm, *, tied: bool) -> Tensor:
     return ops.lora_rows(rows, table.rows, table.width, table.rank) if table.rank else rows
 
 
-_NORMED_EMBEDDINGS = ("bert", "roberta", "xlm-roberta", "bloom")
-
-
 def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
     """One layer of x [T, h]."""
     if shape.parallel_residual:
@@ -93,9 +73,15 @@ def _pre_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
     """x + attention(norm(x)), then x + mlp(norm(x))."""
     before, after = form.norms
     inner = attention(ops, ops.norm(x, before, shape.norm), shape, form, run)
-    x = ops.add(x, ops.dropout(inner, shape.hidden_dropout))
+    x = ops.add(x, _branch(ops, inner, shape.hidden_dropout))
     inner = mlp(ops, ops.norm(x, after, shape.norm), shape, form)
-    return ops.add(x, ops.dropout(inner, shape.hidden_dropout))
+    return ops.add(x, _branch(ops, inner, shape.hidden_dropout))
+
+
+def _branch(ops: Operations, x: Tensor, dropout: float) -> Tensor:
+    """What is added to the residual stream."""
+    x = ops.dropout(x, dropout)
+    return ops.scaled(x) if ops.traits.scaled_residual else x
 
 
 def _sandwich(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
@@ -113,7 +99,8 @@ def _post_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm,
     if shape.norm == "rmsnorm":
         x = ops.add(x, ops.norm(attention(ops, x, shape, form, run), after_attention, shape.norm))
         return ops.add(x, ops.norm(mlp(ops, x, shape, form), after_mlp, shape.norm))
-    inner = ops.dropout(attention(ops, x, shape, form, run), shape.hidden_dropout)
+    dropout = shape.hidden_dropout if ops.traits.dropout_after_attention else 0.0
+    inner = ops.dropout(attention(ops, x, shape, form, run), dropout)
     x = ops.norm(ops.add(inner, x), after_attention, shape.norm)
     inner = ops.dropout(mlp(ops, x, shape, form), shape.hidden_dropout)
     return ops.norm(ops.add(inner, x), after_mlp, shape.norm)

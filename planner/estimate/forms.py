@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from planner.catalog.outputs import OUTPUTS, takes_adapter
 from planner.estimate.parameters import trained_tensors
+from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
 from planner.spec import Adapter, LoRA, Setup
 from planner.targets import adapted_weights
@@ -71,6 +72,7 @@ class LayerForm:
     experts_trained: bool = False
     bottleneck: int = 0
     sliding: bool = False
+    rotary: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,11 +137,12 @@ def _model_form(setup: Setup) -> ModelForm:
             runs[-1] = (form, runs[-1][1] + 1)
         else:
             runs.append((form, 1))
+    plain = NormForm(width=shape.hidden_size)  # a norm without weights
     head = [t for t in outer if t.role == "head" and t.kind == "linear" and t.leaf == "weight"]
     return ModelForm(
         runs=tuple(runs),
         tables=tuple(_table(t, marks) for t in outer if t.kind == "embedding" and not t.tied_to),
-        outer_norms=_norms([t for t in outer if t.kind == "norm"], None, marks),
+        outer_norms=_norms([t for t in outer if t.kind == "norm"], None, marks) or (plain,),
         outer_linears=tuple(
             _linear(t, None, marks)
             for t in outer
@@ -177,6 +180,9 @@ def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, ma
     experts = [t for t in present if t.role == "experts"]
     norms = [t for t in present if t.kind == "norm"]
     of_heads = [t for t in norms if t.module.rpartition(".")[2] in _HEAD_NORMS]
+    traits = TRAITS.get(shape.family)
+    skips = traits.rope_skips_every if traits else 0
+    plain = NormForm(width=shape.hidden_size)  # a norm without weights
     block = {t.module.split(".mlp")[0] + ".mlp" for t in experts}
     return LayerForm(
         attention_inputs=tuple(
@@ -185,13 +191,14 @@ def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, ma
         attention_output=_linear(output or attention[-1], layer, marks),
         mlp_inputs=tuple(_linear(t, layer, marks) for t in mlp if t is not down),
         mlp_output=_linear(down, layer, marks) if down else None,
-        norms=_norms([t for t in norms if t not in of_heads], layer, marks),
+        norms=_norms([t for t in norms if t not in of_heads], layer, marks) or 2 * (plain,),
         head_norms=_norms(of_heads, layer, marks),
         experts=tuple(t.shape for t in experts if len(t.shape) == 3),
         router_trained=any(marks.is_trained(t.name, layer) for t in present if t.role == "router"),
         experts_trained=any(marks.is_trained(t.name, layer) for t in experts),
         bottleneck=sum(marks.bottleneck_behind(module) for module in block),
         sliding=layer in shape.sliding_layers,
+        rotary=not skips or (layer + 1) % skips != 0,
     )
 
 

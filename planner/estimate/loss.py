@@ -16,10 +16,6 @@ from planner.model import Architecture
 
 __all__ = ["LossMemory", "hidden_for_head", "loss_memory"]
 
-_MASKED_HEADS = ("bert", "roberta", "xlm-roberta")  # a dense layer, gelu and a norm before the decoder
-_LOSS_IN_OWN_TYPE = (*_MASKED_HEADS, "t5", "mt5", "umt5")  # CrossEntropyLoss on the logits as they are
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossMemory:
     """Bytes of head and loss, those of the head's input not counted.
@@ -39,7 +35,7 @@ class LossMemory:
 
 def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architecture) -> Tensor:
     """Final norm, or the transformation in front of a masked language model's head."""
-    if shape.family in _MASKED_HEADS:
+    if ops.traits.masked_head:
         x = ops.activation(ops.linear(x, form.outer_linears[-1]), "gelu")
         return ops.norm(x, form.outer_norms[-1], shape.norm)
     if form.outer_norms:
@@ -60,10 +56,12 @@ def loss_memory(
     says `outputs = model(**batch)` holds them. Under autocast accelerate makes them fp32.
     """
     logits = ops.linear(hidden, form.head)
+    if ops.traits.scaled_logits:
+        logits = ops.scaled(logits)
     if shape.logit_softcap is not None:
         inner = ops.scaled(logits)
         logits = ops.scaled(ops.op((inner,), inner.numel, inner.element, keeps_output=True))
-    own_type = shape.family in _LOSS_IN_OWN_TYPE and not ops.recipe.autocast
+    own_type = ops.traits.loss_in_own_type and not ops.recipe.autocast
     single = logits if own_type else ops.cast(logits, 4)
     logarithms = ops.op((single,), single.numel, single.element, keeps_output=True)
     keepers = ops.keepers()

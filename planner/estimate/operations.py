@@ -6,31 +6,27 @@ follows torch 2.13, tools/autograd/derivatives.yaml; what runs follows transform
 
 from __future__ import annotations
 
-from typing import Literal
-
 from planner.estimate.forms import LinearForm, NormForm
 from planner.estimate.recipes import Recipe
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tape, Tensor
+from planner.estimate.traits import Traits
 
 __all__ = ["Operations"]
-
-RMSStyle = Literal["llama", "gemma", "t5", "olmo"]
-
 
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("copied_bytes", "recipe", "rms_style", "seq_len", "tokens")
+    __slots__ = ("copied_bytes", "recipe", "seq_len", "tokens", "traits")
 
-    def __init__(self, tokens: int, seq_len: int, recipe: Recipe, rms_style: RMSStyle = "llama") -> None:
-        """`rms_style`: where the family's RMSNorm casts, see `rms_norm`."""
+    def __init__(self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits) -> None:
+        """`traits` are the family's."""
         super().__init__()
         self.copied_bytes = 0  # 16-bit copies of trained weights, which autocast holds to the forward's end
         self.tokens = tokens
         self.seq_len = seq_len
         self.recipe = recipe
-        self.rms_style = rms_style
+        self.traits = traits
 
     def cast(self, x: Tensor, element: int) -> Tensor:
         """x in another type; the same tensor where it has it already. Keeps nothing."""
@@ -153,19 +149,18 @@ class Operations(Tape):
         """w * x / sqrt(mean(x^2) + eps), in fp32: the models' own RMSNorm modules.
 
         Keeps x in fp32 (x itself where it is fp32: pow and mul share it) and 1 / sqrt(...); where w is
-        trained also the normalized x, in x's type (llama) or in fp32 (gemma, olmo). Backward: mul,
+        trained also the normalized x, in x's type or in fp32. Backward: mul,
         mean and pow hold five fp32 copies at once: grad of x, of the mean, x^1, 2 x^1 and their product
         (FunctionsManual.cpp, pow_backward).
         """
         rows = x.numel // form.width
-        style = self.rms_style
         single = x if x.element == 4 else self.op((x,), x.numel, 4)
         inverse = Tensor(rows, 4, False)
         squares = block_bytes(x.numel * 4)
         kept: tuple[Tensor, ...] = (single, inverse)
         gradients = 0
         if form.weight_trained:
-            element = x.element if style in ("llama", "t5") else 4
+            element = 4 if self.traits.rms_weight_in_fp32 else x.element
             kept = (*kept, Tensor(x.numel, element, False))
             gradients = block_bytes(form.width * self.recipe.base)
         out_element = x.element
@@ -182,6 +177,10 @@ class Operations(Tape):
 
     def layer_norm(self, x: Tensor, form: NormForm) -> Tensor:
         """native_layer_norm keeps its input, and the mean and 1 / sigma of each row in fp32."""
+        if self.traits.layernorm_in_fp32:
+            single = self.cast(x, 4)
+            statistics = Tensor(2 * (x.numel // form.width), 4, False)
+            return self.cast(self.op((single,), x.numel, 4, (single, statistics)), x.element)
         if self.recipe.autocast:
             x = self.cast(x, 4)  # in autocast's fp32 list
         rows = x.numel // form.width

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.estimate.blocks import embedded, layer, rms_style
+from planner.estimate.blocks import embedded, layer
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.loss import LossMemory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
 from planner.estimate.recipes import RECIPES
-from planner.estimate.resident import packed_bytes
+from planner.estimate.resident import block_bytes, packed_bytes
 from planner.estimate.tape import Moment, Tensor
+from planner.estimate.traits import TRAITS
 from planner.model import Architecture
-from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup
+from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
 from planner.units import MIB
 
 __all__ = ["Stack", "Stretch", "has_formulas", "stack"]
-
-# Their layers do what no rule here describes; their parameters, states and workspace are known all the same.
-_WITHOUT_FORMULAS = frozenset({"bloom", "falcon", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +60,7 @@ def has_formulas(setup: Setup) -> bool:
     return (
         shape is not None
         and not isinstance(setup.method, PeftConfig | PeftOfSize)
-        and not shape.encoder_layers
-        and not shape.num_experts
-        and shape.family not in _WITHOUT_FORMULAS
+        and shape.family in TRAITS
     )
 
 
@@ -103,7 +99,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
 def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
     tokens = training.micro_batch_size * training.seq_len
-    return Operations(tokens, training.seq_len, RECIPES[training.precision], rms_style(shape))
+    return Operations(tokens, training.seq_len, RECIPES[training.precision], TRAITS[shape.family])
 
 
 def _input(x: Tensor) -> Tensor:
@@ -112,12 +108,29 @@ def _input(x: Tensor) -> Tensor:
 
 
 def _inputs_bytes(setup: Setup, shape: Architecture) -> int:
-    """int64 ids and labels [b, s]; cos and sin [1, s, d] in the type of the embeddings."""
+    """int64 ids and labels [b, s]; cos and sin [1, s, d] in the embeddings' type; attention masks."""
     training, recipe = setup.training, RECIPES[setup.training.precision]
-    ids = 2 * 8 * training.micro_batch_size * training.seq_len
-    if shape.positions != "rope":
-        return ids
-    return ids + 2 * training.seq_len * (shape.rotary_dim or shape.head_dim) * recipe.base
+    b, s = training.micro_batch_size, training.seq_len
+    total = 2 * block_bytes(8 * b * s)
+    if shape.positions == "rope":
+        total += 2 * block_bytes(s * (shape.rotary_dim or shape.head_dim) * recipe.base)
+    return total + _masks_bytes(shape, training, recipe.base)
+
+
+def _masks_bytes(shape: Architecture, training: Training, element: int) -> int:
+    """Masks [b, 1, s, s], one for each kind of layer; transformers 5.23, masking_utils.py.
+
+    Eager attention always has them, in the embeddings' type. Fused attention has one of bools where a
+    sliding window is shorter than the sequence.
+    """
+    b, s = training.micro_batch_size, training.seq_len
+    sliding = len(shape.sliding_layers)
+    if training.attention == "eager" or not shape.sdpa:
+        kinds = (sliding > 0) + (sliding < shape.num_layers)
+        return kinds * block_bytes(b * s * s * element)
+    if shape.sliding_window is not None and sliding and s > shape.sliding_window:
+        return block_bytes(b * s * s)
+    return 0
 
 
 def _layers(

@@ -1,0 +1,66 @@
+"""Where a family's code departs from LLaMA's in what it keeps or copies; its numbers are Architecture's.
+
+Read off transformers 5.23, models/<family>/modeling_<family>.py. A family that is not listed has no
+formulas for its activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["TRAITS", "Traits"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traits:
+    """Defaults are LLaMA's."""
+
+    # RMSNorm multiplies by its weight after the cast back (llama) or before it (gemma, olmo).
+    rms_weight_in_fp32: bool = False
+    layernorm_in_fp32: bool = False  # LayerNorm without weights on an fp32 copy
+    rotary_cats: bool = False  # turned and unturned parts of a head are joined by `cat`
+    rope_skips_every: int = 0  # every so-many-th layer has no rotary positions
+    fused_qkv: Literal["split", "slices"] = "split"
+    scaled_queries: bool = False  # q is multiplied by a number before the kernel
+    softmax_in_own_type: bool = False  # the eager softmax does not ask for fp32
+    scaled_residual: bool = False  # what is added to the residual stream is multiplied first
+    dropout_after_attention: bool = True
+    normed_embeddings: bool = False
+    scaled_logits: bool = False
+    masked_head: bool = False  # a dense layer, gelu and a norm before the decoder
+    loss_in_own_type: bool = False  # CrossEntropyLoss on the logits as they are, no fp32 copy
+
+
+_BERT = Traits(softmax_in_own_type=True, normed_embeddings=True, masked_head=True, loss_in_own_type=True)
+_GEMMA = Traits(rms_weight_in_fp32=True)
+
+TRAITS: dict[str, Traits] = {
+    "bert": _BERT,
+    "distilbert": Traits(
+        softmax_in_own_type=True,
+        normed_embeddings=True,
+        masked_head=True,
+        loss_in_own_type=True,
+        dropout_after_attention=False,
+    ),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": Traits(softmax_in_own_type=True),
+    "gpt_neox": Traits(rotary_cats=True),
+    "granite": Traits(scaled_residual=True, scaled_logits=True),
+    "llama": Traits(),
+    "mistral": Traits(),
+    "olmo": Traits(layernorm_in_fp32=True),
+    "olmo2": Traits(rms_weight_in_fp32=True),
+    "opt": Traits(scaled_queries=True),
+    "phi": Traits(rotary_cats=True),
+    "phi3": Traits(rotary_cats=True, fused_qkv="slices"),
+    "qwen2": Traits(),
+    "qwen3": Traits(),
+    "roberta": _BERT,
+    "smollm3": Traits(rope_skips_every=4),
+    "stablelm": Traits(rotary_cats=True),
+    "starcoder2": Traits(),
+}
