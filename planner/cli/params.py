@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from planner.cli.flags import add_setup_flags, setup_from
 from planner.cli.reply import Reply
 from planner.estimate.parameters import TrainedTensor, parameters, trained_tensors
-from planner.model import Model, WeightTensor
-from planner.spec import LoRA, Setup
-from planner.targets import adapted_weights
+from planner.model import Model
+from planner.spec import LoRA
+from planner.targets import LoRATarget, lora_targets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,10 @@ def answer(args: argparse.Namespace) -> Reply:
         "setup": setup.to_dict(),
         "parameters": parameters(setup).to_dict(),
         "base_by_role": _by_role(setup.model),
-        "adapted": [_adapted(t, setup.method.lora_rank) for t in _weights(setup)]
+        "adapted": [
+            _adapted(t, setup.method.lora_rank)
+            for t in lora_targets(setup.model, setup.method.target_modules)
+        ]
         if isinstance(setup.method, LoRA)
         else [],
         "trained": [_trained(t) for t in trained_tensors(setup)],
@@ -55,18 +58,18 @@ def _by_role(model: Model) -> dict[str, int]:
     return by_role
 
 
-def _weights(setup: Setup) -> tuple[WeightTensor, ...]:
-    return adapted_weights(setup.model, setup.method.target_modules) if isinstance(setup.method, LoRA) else ()
+def _adapted(target: LoRATarget, rank: int) -> dict[str, Any]:
+    """One adapted matrix: what full fine-tuning would train of it, and what LoRA does, r (in + out).
 
-
-def _adapted(tensor: WeightTensor, rank: int) -> dict[str, Any]:
-    """One adapted matrix: what full fine-tuning would train of it, and what LoRA does, r (in + out)."""
-    full = tensor.numel
-    trainable = rank * (tensor.in_features + tensor.out_features)
+    A layer's fused experts are one entry with all their matrices.
+    """
+    weight = target.weight
+    full = weight.numel
+    trainable = sum(rows * columns for rows, columns in target.shapes(rank))
     return {
-        "module": tensor.module,
-        "shape": list(tensor.shape),
-        "count": tensor.count,
+        "module": weight.name if target.by_parameter else weight.module,
+        "shape": list(weight.shape),
+        "count": weight.count,
         "full": full,
         "trainable": trainable,
         "reduction": 1 - trainable / full,
