@@ -44,6 +44,13 @@ class Answer:
         return self.comparison.chosen
 
     @property
+    def prediction_error(self) -> float | None:
+        """The prediction's share above (or below, negative) the measured peak; None where not measured."""
+        if self.measured is None:
+            return None
+        return self.chosen.peak_allocated_bytes / self.measured.peak_allocated_bytes - 1
+
+    @property
     def is_full(self) -> bool:
         """Whether full fine-tuning itself was chosen."""
         return isinstance(self.setup.method, FullFineTuning)

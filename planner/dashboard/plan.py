@@ -76,16 +76,7 @@ def _cards(shown: Answer) -> None:
             height="stretch",
             help=f"Peak of allocated memory, by formula. It is reached in {peak_place(chosen)}.",
         )
-        st.metric(
-            "Measured peak",
-            "Not measured",
-            "no run recorded",
-            delta_color="off",
-            delta_arrow="off",
-            border=True,
-            height="stretch",
-            help="Only what a CUDA device produced is shown as measured.",
-        )
+        _measured_card(shown)
         st.metric(
             "Trainable parameters",
             count(chosen.parameters.trainable),
@@ -96,6 +87,22 @@ def _cards(shown: Answer) -> None:
             height="stretch",
         )
         _largest_card(shown)
+
+
+def _measured_card(shown: Answer) -> None:
+    error = shown.prediction_error
+    st.metric(
+        "Measured peak",
+        "Not measured" if shown.measured is None else gib(shown.measured.peak_allocated_bytes),
+        "no run recorded"
+        if error is None
+        else f"the prediction is {'+' if error > 0 else ''}{percent(error)} off",
+        delta_color="off",
+        delta_arrow="off",
+        border=True,
+        height="stretch",
+        help="Only what a CUDA device produced is shown as measured.",
+    )
 
 
 def _largest_card(shown: Answer) -> None:

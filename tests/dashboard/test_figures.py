@@ -39,6 +39,16 @@ def test_the_rows_are_full_then_chosen_then_what_else_there_is(rows) -> None:
     assert [label for label, _ in answer(full_of(SETUP)).rows] == ["Full fine-tuning, predicted"]
 
 
+def test_the_error_is_the_prediction_against_the_measurement() -> None:
+    predicted = estimate(SETUP)
+    parts = dataclasses.replace(
+        predicted.parts, workspace=predicted.parts.workspace + predicted.peak_allocated_bytes
+    )
+    measured = dataclasses.replace(predicted, source="measurement", parts=parts)  # twice the prediction
+    assert answer(SETUP, [measured]).prediction_error == -0.5
+    assert answer(SETUP, [dataclasses.replace(predicted, source="simulation")]).prediction_error is None
+
+
 def test_bars_stack_the_parts_to_the_peak(rows) -> None:
     figure = figures.bars(rows, verdict(rows[1][1], SETUP.gpu))
     stacks = [trace for trace in figure.data if trace.type == "bar"]

@@ -142,6 +142,14 @@ def test_reset_brings_every_default_back(open_app) -> None:
     assert not [name for name in app.query_params if name in METHODS["lora"].__dataclass_fields__]
 
 
+@pytest.mark.parametrize("button", ["_reset", "_apply_0"])
+def test_a_button_that_sets_inputs_takes_the_links_warnings_away(open_app, button: str) -> None:
+    app = open_app(seq_len="-5", micro_batch_size="2")
+    assert app.warning
+    app.button(key=button).click().run()
+    assert not [box for box in app.warning if "The link" in box.value]
+
+
 def test_apply_sets_the_inputs_of_the_advice(open_app) -> None:
     app = open_app(seq_len="4096", gpu="t4", model="meta-llama/Llama-3.2-1B")
     before = app.metric[0].value
