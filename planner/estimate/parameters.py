@@ -125,7 +125,7 @@ def _lora_biases(model: Model, method: LoRA, targets: tuple[LoRATarget, ...]) ->
     for t in model.tensors:
         layers = tuple(layer for layer in t.layers if layer in adapted.get(t.module, ()))
         if t.leaf == "bias" and t.module in adapted and (layers or not t.layers):
-            found.append(t)
+            found.append(replace(t, layers=layers))
     return found
 
 
