@@ -44,11 +44,13 @@ def estimate(setup: Setup) -> MemoryReport:
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
     workspace = _workspace(setup, known=known)
-    first = _moments(kept, layers, workspace)
+    checkpointed = setup.training.activation_checkpointing
+    worst = _moments(kept, layers, workspace, checkpointed=checkpointed)
     if layers is not None and setup.training.gradient_accumulation_steps > 1:
-        later = _moments(kept, stack(setup, accumulates=True), workspace, accumulates=True)
-        first = {phase: max(first[phase], later[phase], key=lambda m: m.total_bytes) for phase in first}
-    peak = max(first.values(), key=lambda moment: moment.total_bytes)
+        again = stack(setup, accumulates=True)
+        later = _moments(kept, again, workspace, checkpointed=checkpointed, accumulates=True)
+        worst = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
+    peak = max(worst.values(), key=lambda moment: moment.total_bytes)
     return MemoryReport(
         source="estimate",
         setup=setup.to_dict(),
@@ -63,7 +65,7 @@ def estimate(setup: Setup) -> MemoryReport:
             temporaries=peak.temporaries,
             workspace=peak.workspace,
         ),
-        phases=_phases(kept, layers, first, workspace),
+        phases=_phases(kept, layers, worst, workspace, checkpointed),
         peak_phase=peak.phase,
         not_known=_not_known(setup),
         notes=_notes(setup),
@@ -78,7 +80,12 @@ def _workspace(setup: Setup, *, known: bool) -> int:
 
 
 def _moments(
-    kept: Resident, layers: Stack | None, workspace: int, *, accumulates: bool = False
+    kept: Resident,
+    layers: Stack | None,
+    workspace: int,
+    *,
+    checkpointed: bool,
+    accumulates: bool = False,
 ) -> dict[str, _Candidate]:
     """The worst moment of each phase in a step whose states are there."""
     gradients = kept.gradients_bytes
@@ -99,7 +106,7 @@ def _moments(
     before = gradients if accumulates else 0
     return {
         "forward": _forward(layers, before, workspace, layers.loss.output_bytes if accumulates else 0),
-        "backward": _backward(layers, before, workspace),
+        "backward": _backward(layers, before, workspace, checkpointed=checkpointed),
         "optimizer_step": optimizer,
     }
 
@@ -109,7 +116,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
 
     `earlier_logits`: the output of the micro batch before, held until this one's is there.
     """
-    waiting = layers.inputs_bytes
+    waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes
     best = _Candidate(phase="forward")
     for stretch in layers.stretches:
         waiting += (stretch.kept_bytes + stretch.copied_bytes) * (stretch.count - 1)
@@ -133,9 +140,15 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     return max(best, moment, key=lambda m: m.total_bytes)
 
 
-def _backward(layers: Stack, gradients: int, workspace: int) -> _Candidate:
+def _waiting(layers: Stack, checkpointed: bool) -> int:
+    """What the forward pass leaves for the backward pass, head and loss apart."""
+    kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
+    return layers.inputs_bytes + layers.tables_bytes + kept + (layers.masks_bytes if checkpointed else 0)
+
+
+def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bool) -> _Candidate:
     """At the loss, or in a layer: the last one with everything kept, the first with all gradients."""
-    waiting = layers.inputs_bytes + sum([s.kept_bytes * s.count for s in layers.stretches])
+    waiting = _waiting(layers, checkpointed)
     loss, output = layers.loss.backward, layers.loss.output_bytes
     best = _Candidate(
         phase="backward",
@@ -170,7 +183,11 @@ def _backward(layers: Stack, gradients: int, workspace: int) -> _Candidate:
 
 
 def _phases(
-    kept: Resident, layers: Stack | None, worst: dict[str, _Candidate], workspace: int
+    kept: Resident,
+    layers: Stack | None,
+    worst: dict[str, _Candidate],
+    workspace: int,
+    checkpointed: bool,
 ) -> tuple[Phase, ...]:
     """Load, attach and two steps: optimizer states come at the end of the first."""
     base = kept.base_weights_bytes
@@ -178,9 +195,8 @@ def _phases(
     states = kept.optimizer_states_bytes
     waiting = output = 0
     if layers is not None:
-        waiting = layers.loss.output_bytes + layers.inputs_bytes + layers.loss.kept_bytes
+        waiting = layers.loss.output_bytes + layers.loss.kept_bytes + _waiting(layers, checkpointed)
         output = layers.loss.output_bytes + layers.inputs_bytes + layers.hooked_bytes
-        waiting += sum([s.kept_bytes * s.count for s in layers.stretches])
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),

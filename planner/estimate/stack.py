@@ -42,7 +42,8 @@ class Stretch:
 class Stack:
     """Stretches in the order of the forward pass, then head and loss.
 
-    `inputs_bytes` are token ids, labels and the positions' tables; `hidden_bytes` the head's input.
+    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
+    attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
     `hooked_bytes`: the embeddings' output and its gradient, which the output's graph holds after the
     backward pass where peft asked for that gradient.
     """
@@ -50,6 +51,8 @@ class Stack:
     stretches: tuple[Stretch, ...]
     loss: LossMemory
     inputs_bytes: int
+    tables_bytes: int
+    masks_bytes: int
     hidden_bytes: int
     hooked_bytes: int
 
@@ -71,7 +74,8 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     form = model_form(setup)
     # peft makes the embeddings' output require gradients where checkpointing is on:
     # peft/peft_model.py, `_prepare_model_for_gradient_checkpointing`
-    hooked = setup.training.activation_checkpointing and isinstance(setup.method, LoRA)
+    training = setup.training
+    hooked = training.activation_checkpointing and isinstance(setup.method, LoRA)
     ops = _operations(setup, shape)
     x = embedded(ops, form, shape, inputs_need_grad=hooked)
     rows = x
@@ -90,7 +94,9 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     return Stack(
         stretches=tuple(stretches),
         loss=loss,
-        inputs_bytes=_inputs_bytes(setup, shape),
+        inputs_bytes=2 * block_bytes(8 * training.micro_batch_size * training.seq_len),
+        tables_bytes=_tables_bytes(shape, training.seq_len, RECIPES[training.precision].base),
+        masks_bytes=_masks_bytes(shape, training, RECIPES[training.precision].base),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         hooked_bytes=2 * rows.size_bytes if hooked else 0,
     )
@@ -107,14 +113,11 @@ def _input(x: Tensor) -> Tensor:
     return Tensor(x.numel, x.element, x.needs_grad)
 
 
-def _inputs_bytes(setup: Setup, shape: Architecture) -> int:
-    """int64 ids and labels [b, s]; cos and sin [1, s, d] in the embeddings' type; attention masks."""
-    training, recipe = setup.training, RECIPES[setup.training.precision]
-    b, s = training.micro_batch_size, training.seq_len
-    total = 2 * block_bytes(8 * b * s)
-    if shape.positions == "rope":
-        total += 2 * block_bytes(s * (shape.rotary_dim or shape.head_dim) * recipe.base)
-    return total + _masks_bytes(shape, training, recipe.base)
+def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:
+    """cos and sin [1, s, d] in the embeddings' type, made once and kept by every layer."""
+    if shape.positions != "rope":
+        return 0
+    return 2 * block_bytes(seq_len * (shape.rotary_dim or shape.head_dim) * element)
 
 
 def _masks_bytes(shape: Architecture, training: Training, element: int) -> int:
