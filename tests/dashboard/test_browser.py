@@ -260,3 +260,18 @@ def test_axe_finds_nothing_serious(open_page, link, mode) -> None:
         for node in one["nodes"]
     ]
     assert serious == []
+
+
+def test_the_keyboard_walks_the_inputs_in_their_order(open_page) -> None:
+    page = open_page()
+    reached: list[str] = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        key = page.evaluate(
+            "document.activeElement.closest('[class*=st-key-]')?.className.match(/st-key-(\\w+)/)[1]"
+        )
+        if key and key not in reached:
+            reached.append(key)
+    inputs = ["model", "method", "seq_len", "micro_batch_size", "activation_checkpointing", "gpu"]
+    assert [key for key in reached if key in inputs] == inputs
+    assert reached.index("_reset") > reached.index("gpu")
