@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from planner.catalog.gpus import Gpu
-from planner.catalog.gpus import gpu as gpu_named
+from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
 from planner.methods import (
@@ -26,7 +25,7 @@ from planner.methods import (
     PeftOfSize,
 )
 from planner.model import Model
-from planner.targets import PRESETS, adapted_weights, adapter_places, bias_tensors
+from planner.targets import PRESETS, adapter_places, adapts_experts, bias_tensors, lora_targets
 
 __all__ = [
     "METHODS",
@@ -195,7 +194,7 @@ def _method(values: dict[str, Any]) -> Method:
     fields = {f.name for f in dataclasses.fields(cls)}
     if name == "peft" and values.get("trainable_params") is None:
         raise SetupError(
-            "method peft needs trainable_params, such as 4e6, or the path of an adapter_config.json as peft:PATH."
+            "method peft needs trainable_params, such as 4e6, or an adapter_config.json as peft:PATH."
         )
     foreign = {f.name for other in METHODS.values() for f in dataclasses.fields(other)} - fields
     for key in sorted(foreign & set(values)):
@@ -232,21 +231,24 @@ def _check_method(model: Model, method: Method) -> None:
 
 
 def _check_lora(model: Model, method: LoRA) -> None:
-    weights = adapted_weights(model, method.target_modules)
-    if not weights:
+    targets = lora_targets(model, method.target_modules)
+    if not targets:
         raise SetupError(
             f"target_modules {', '.join(method.target_modules)} matches no linear layer of {model.id}; "
             "name the layers instead."
         )
-    if method.lora_bias == "all" and not bias_tensors(model):
-        raise SetupError(f"lora_bias all trains bias terms, and {model.id} has none; use none.")
-    matrices = [t for t in weights if min(t.shape) > 1]  # a gate h x 1 takes any rank, as in peft
-    smallest = min(matrices, key=lambda t: min(t.shape), default=None)
-    if smallest is not None and method.lora_rank > min(smallest.shape):
+    widest = max((target.weight for target in targets), key=lambda t: min(t.shape[-2:]))
+    limit = min(widest.shape[-2:])
+    if method.lora_rank > limit:  # gates of h x 1 and the like take any rank, as in peft
         raise SetupError(
-            f"lora_rank {method.lora_rank} is above the smallest target matrix of {model.id} "
-            f"({smallest.module.rpartition('.')[2]}, {smallest.shape[0]} x {smallest.shape[1]}); "
-            f"give at most {min(smallest.shape)}."
+            f"lora_rank {method.lora_rank} is above every target matrix of {model.id} (the largest is "
+            f"{widest.module.rpartition('.')[2]}, {widest.shape[-2]} x {widest.shape[-1]}); "
+            f"give at most {limit}."
+        )
+    if method.lora_dropout and adapts_experts(model, method.target_modules):
+        raise SetupError(
+            f"lora_dropout {method.lora_dropout:g} with experts among the targets is refused by peft; "
+            "use lora_dropout 0, or attention as target_modules."
         )
 
 

@@ -47,7 +47,7 @@ BAD = [
     (("estimate", *LLAMA, "--lora-rank", "8"), "lora_rank does not belong to method full"),
     (("estimate", "--model", "gpt2", "--seq-len", "1025"), "is beyond the 1,024 positions"),
     (("estimate", *LLAMA, "--method", "bitfit"), "has none"),
-    (("estimate", *LORA, "--lora-rank", "4096"), "is above the smallest target matrix"),
+    (("estimate", *LORA, "--lora-rank", "4096"), "is above every target matrix"),
     (("estimate", *LORA, "--lora-dropout", "1"), "lora_dropout must be a number from 0 and below 1"),
     (("estimate", *LORA, "--lora-alpha", "nan"), "lora_alpha must be a number above 0, got nan"),
     (("estimate", *LORA, "--target-modules", "qproj"), "did you mean q_proj"),
