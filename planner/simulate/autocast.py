@@ -73,8 +73,9 @@ _HALF = (torch.float16, torch.bfloat16)
 class _Rules:
     """One autocast region: the compute dtype (None where it is switched off) and the cast weights."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, *, cached: bool) -> None:
         self.dtype = dtype
+        self.cached = cached
         self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -96,10 +97,11 @@ class CudaAutocast:
     ) -> None:
         """The arguments of torch.autocast; float16 is CUDA's default compute type."""
         self._dtype = (dtype or torch.float16) if enabled else None
+        self._cached = cache_enabled is not False
 
     def __enter__(self) -> CudaAutocast:
         """Begin a region."""
-        rules = _Rules(self._dtype)
+        rules = _Rules(self._dtype, cached=self._cached)
         if self.regions:
             rules.cache = self.regions[-1].cache
         self.regions.append(rules)
@@ -197,7 +199,7 @@ def _compute(value: Any) -> Any:
     if not value.is_floating_point() or value.dtype in (rules.dtype, torch.float64):
         return value
     cacheable = value.dtype == torch.float32 and value.requires_grad and value.is_leaf
-    if not cacheable or value._is_view():
+    if not (cacheable and rules.cached) or value._is_view():
         return value.to(rules.dtype)
     if id(value) not in rules.cache:
         rules.cache[id(value)] = (value, value.to(rules.dtype))

@@ -122,11 +122,10 @@ class _Phases:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Hooks on the engine, on all modules and all optimizers."""
-        engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
         with ExitStack() as stack:
-            stack.enter_context(
-                mock.patch.object(torch.autograd, "_engine_run_backward", self._backward(engine))
-            )
+            for name in ("backward", "_engine_run_backward"):  # the first makes the loss's own gradient
+                form = self._backward(getattr(torch.autograd, name))
+                stack.enter_context(mock.patch.object(torch.autograd, name, form))
             for handle in (
                 nn.modules.module.register_module_forward_pre_hook(self._module),
                 register_optimizer_step_pre_hook(self._before_optimizer),
@@ -158,14 +157,15 @@ class _Phases:
             self._open.__exit__(None, None, None)
         self._open, self._name = None, ""
 
-    def _backward(self, engine: Callable[..., Any]) -> Callable[..., Any]:
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("accumulate_grad") and not self._depth:
+            gradients_only = kwargs.get("accumulate_grad") is False  # torch.autograd.grad
+            if not gradients_only and not self._depth:
                 self._begin("backward")
                 self._simulation.tracer.phase = "backward"
             self._depth += 1
             try:
-                return engine(*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
                 self._depth -= 1
                 if not self._depth and self._name == "backward":

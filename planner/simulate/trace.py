@@ -146,7 +146,7 @@ class Tracer(TorchDispatchMode):
             return self._answer(args[0])
         if func in _IN_PLACE_ONLY:
             return args[0] if func is aten._amp_update_scale_.default else None
-        if func in _DATA_OPS and args[0].device.type == "meta":
+        if args and (func in _DATA_OPS or func is aten.index.Tensor) and _needs_values(func, args):
             raise TraceError(
                 f"{func} in {self._place() or 'the model'} decides by the values of a tensor, which a "
                 "simulation does not have; measure this model on a GPU instead."
@@ -218,6 +218,16 @@ class Tracer(TorchDispatchMode):
 
     def _place(self) -> str:
         return self.modules.stack[-1] if self.modules.stack else ""
+
+
+def _needs_values(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the size of the result is decided by values on the device; indexing does so by a mask."""
+    if func is not aten.index.Tensor:
+        return bool(args[0].device.type == "meta")
+    masks = (torch.bool, torch.uint8)
+    return any(
+        index is not None and index.device.type == "meta" and index.dtype in masks for index in args[1]
+    )
 
 
 def _sequence(node: Any) -> int:
