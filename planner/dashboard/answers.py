@@ -79,16 +79,23 @@ def current_setup() -> tuple[Setup, str | None]:
 
 
 def answer(setup: Setup, more: Sequence[MemoryReport] = ()) -> Answer:
-    """The reports of a setup beside full fine-tuning; `more` are simulated or measured ones of it."""
+    """The reports of a setup beside full fine-tuning; `more` are simulated or measured ones of both.
+
+    Where a part of the prediction is not known, the verdict is the simulation's.
+    """
     chosen = estimate(setup)
     full = chosen if isinstance(setup.method, FullFineTuning) else estimate(full_of(setup))
-    reports = [chosen, *more] if chosen is full else [full, chosen, *more]
+    name = setup.method.name
+    own = [report for report in more if report.setup.get("method") == name]
+    others = [] if chosen is full else [full, *(report for report in more if report not in own)]
+    simulated = next((report for report in own if report.source == "simulation"), None)
+    judged = simulated if simulated is not None and chosen.not_known else chosen
     return Answer(
         setup=setup,
         comparison=comparison(full, chosen),
-        verdict=None if setup.gpu is None else verdict(chosen, setup.gpu),
-        rows=tuple((_label(report), report) for report in reports),
-        measured=next((report for report in more if report.source == "measurement"), None),
+        verdict=None if setup.gpu is None else verdict(judged, setup.gpu),
+        rows=tuple((_label(report), report) for report in (*others, chosen, *own)),
+        measured=next((report for report in own if report.source == "measurement"), None),
     )
 
 

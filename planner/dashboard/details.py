@@ -6,7 +6,7 @@ import streamlit as st
 
 from planner.advise import Change, changes, grid, smallest_gpu
 from planner.compare import storage
-from planner.dashboard import figures, grid as squares, state, tables
+from planner.dashboard import figures, grid as squares, simulating, state, tables
 from planner.dashboard.answers import Answer, cards
 from planner.dashboard.steps import steps_alt, steps_figure, steps_table
 from planner.dashboard.words import NOT_COUNTED, method_title, peak_place, plain
@@ -167,6 +167,8 @@ def beside_the_table(shown: Answer) -> None:
 def steps(shown: Answer) -> None:
     """Memory over the step, the phase of the peak named; its twin folded."""
     st.subheader("Memory over the step", anchor=False)
+    if simulating.steps(shown.setup, shown.chosen, shown.verdict):
+        return
     st.caption(f"The peak is in {peak_place(shown.chosen)}. Step 2 stands for every later one.")
     st.plotly_chart(
         steps_figure(shown.chosen, shown.verdict),

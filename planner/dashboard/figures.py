@@ -160,16 +160,16 @@ def _add_card(
     figure: go.Figure, labels: Sequence[str], rows: Sequence[tuple[str, MemoryReport]], verdict: Verdict
 ) -> None:
     """The capacity as a dashed line, and how far up the chosen run may reach on the card."""
-    for position, (_, report) in enumerate(rows):
-        if report.peak_allocated_bytes == verdict.peak_bytes and position == len(rows) - 1:
-            figure.add_scatter(
-                x=[report.peak_allocated_bytes / GIB, verdict.upper_bytes / GIB],
-                y=[labels[position]] * 2,
-                mode="lines+markers",
-                marker={"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": LINE}},
-                line={"color": LINE, "width": 2},
-                hovertemplate=f"At most {gib(verdict.upper_bytes)} on the card<extra></extra>",
-            )
+    judged = [at for at, (_, report) in enumerate(rows) if report.peak_allocated_bytes == verdict.peak_bytes]
+    if judged:
+        figure.add_scatter(
+            x=[verdict.peak_bytes / GIB, verdict.upper_bytes / GIB],
+            y=[labels[judged[-1]]] * 2,
+            mode="lines+markers",
+            marker={"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": LINE}},
+            line={"color": LINE, "width": 2},
+            hovertemplate=f"At most {gib(verdict.upper_bytes)} on the card<extra></extra>",
+        )
     at = verdict.capacity_bytes / GIB
     figure.add_vline(x=at, line={"color": LINE, "width": 2, "dash": "dash"})
     figure.add_annotation(

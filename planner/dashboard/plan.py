@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from planner.advise import largest_micro_batch
-from planner.dashboard import figures, state, tables
+from planner.dashboard import figures, simulating, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
@@ -26,10 +26,12 @@ def page() -> None:
     st.title("Does it fit?", anchor=False)
     for line in state.link_warnings():
         st.warning(f"The link: {plain(line)} The default is used.", icon=":material/link_off:")
-    shown = answer(setup)
+    shown = answer(setup, simulating.simulated_reports(setup))
     if problem:
         _problem(problem, shown)
     _verdict(shown)
+    if shown.chosen.not_known:
+        simulating.control(setup, prominent=True)
     nearest_change(shown)
     _cards(shown)
     _bars(shown)
@@ -121,7 +123,10 @@ def _largest_card(shown: Answer) -> None:
 
 
 def _bars(shown: Answer) -> None:
-    st.subheader("Where the memory goes", anchor=False)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader("Where the memory goes", anchor=False, width="stretch")
+        if not shown.chosen.not_known:
+            simulating.control(shown.setup)
     st.plotly_chart(
         figures.bars(shown.rows, shown.verdict),
         key="_bars",

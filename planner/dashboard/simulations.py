@@ -23,14 +23,16 @@ from planner.spec import Setup
 __all__ = ["Simulated", "Simulations", "State"]
 
 State = Literal["waiting", "running", "done", "failed"]
-_STAGES = ("load", "attach", *(f"{name} {step}" for step in (1, 2) for name in ("forward", "backward", "optimizer_step")))
+_STEP = ("forward", "backward", "optimizer_step")
+_STAGES = ("load", "attach", *(f"{name} {step}" for step in (1, 2) for name in _STEP))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
     """One simulation as it stands. `ahead` others come first; `phase` is "" until torch is imported.
 
-    `report` where it is done, `reason` in one line where it failed.
+    Where it is done, `report`, and `begins`: (phase, step, number of the timeline's event at which it
+    begins). Where it failed, `reason` in one line.
     """
 
     setup: Setup
@@ -39,6 +41,7 @@ class Simulated:
     phase: str = ""
     step: int | None = None
     report: MemoryReport | None = None
+    begins: tuple[tuple[str, int | None, int], ...] = ()
     reason: str = ""
 
     @property
@@ -123,6 +126,12 @@ class Simulations:
             if known or (self._running is not None and self._running[0] == key):
                 return self._shown(key, setup)
         return None
+
+    def forget_waiting(self, visitor: str) -> None:
+        """This visitor asks for something else now: what of theirs has not begun is dropped."""
+        with self._turn:
+            for key in tuple(self._waiting):
+                self._drop(key, visitor)
 
     def cancel(self, setup: Setup, visitor: str) -> None:
         """This visitor wants it no longer; where nobody else does, it is dropped or its process ended."""
@@ -212,7 +221,8 @@ class Simulations:
                         self._running = key, _in_phase(setup, event)
                 elif event["event"] == "report":
                     report = MemoryReport.from_dict(event["report"])
-                    return Simulated(setup=setup, state="done", report=report)
+                    begins = tuple((name, step, at) for name, step, at in event["begins"])
+                    return Simulated(setup=setup, state="done", report=report, begins=begins)
                 else:
                     return _failed(setup, str(event.get("message")))
             return None
@@ -236,7 +246,7 @@ class Simulations:
                 self._worker = started
                 if self._closed:
                     started.close()
-        return self._worker  # type: ignore[return-value]
+        return self._worker
 
 
 def key_of(setup: Setup) -> str:

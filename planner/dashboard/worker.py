@@ -80,14 +80,15 @@ class Worker:
             if time.monotonic() > ends_at:
                 self.close()
                 raise PlannerError(
-                    f"the simulation took longer than {time_limit_s:g} s and was ended; choose a smaller setup."
+                    f"the simulation took longer than {time_limit_s:g} s and was ended; "
+                    "choose a smaller setup."
                 )
             try:
                 line = self._lines.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 continue
             if line is None:
-                self._raise_death(heard=heard)
+                raise self._death(heard=heard)
             event = _event(line)
             if event.get("event") == "ready":
                 self._ready = True
@@ -134,16 +135,16 @@ class Worker:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def _raise_death(self, *, heard: bool) -> None:
+    def _death(self, *, heard: bool) -> Exception:
         code = self._process.wait()
         self.close()
         if code == 0 and not heard:
-            raise IdledOut
+            return IdledOut()
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             hint = "; the machine may have run out of main memory" if -code == signal.SIGKILL else ""
-            raise PlannerError(f"the simulating process was killed ({name}){hint}. Try again.")
-        raise PlannerError(f"the simulating process ended with exit code {code}. Try again.")
+            return PlannerError(f"the simulating process was killed ({name}){hint}. Try again.")
+        return PlannerError(f"the simulating process ended with exit code {code}. Try again.")
 
 
 def _event(line: bytes) -> dict[str, Any]:
