@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from planner.errors import DeviceError, PlannerError
+from planner.measure.device import refusal
 from planner.version import __version__
 
 __all__ = ["main"]
@@ -43,6 +44,10 @@ def main() -> int:
     try:
         import torch
 
+        if "--cuda" in sys.argv and (reason := refusal(torch)):  # before the slow imports
+            _refuse(emit, DeviceError(reason))
+            emit("end")
+            return DeviceError.exit_code
         _import_libraries()
     except ModuleNotFoundError as error:
         wanted = f"{error.name} is not installed; run pip install 'vram-planner[simulate]'."
@@ -162,7 +167,7 @@ def _rehearse(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> 
 
 def _open(emit: Callable[..., None], torch: Any) -> Any:
     """The CUDA device, told to the parent. Raises DeviceError."""
-    from planner.measure.device import opened, refusal
+    from planner.measure.device import opened
 
     reason = refusal(torch)
     if reason:

@@ -99,7 +99,7 @@ def rehearsed(
 def device_event(child: Child, time_limit_s: float) -> Mapping[str, Any]:
     """The CUDA device as a child finds it, and what others and its empty context hold. Raises DeviceError."""
     child.ask("device", {})
-    for event in tuple(_heard(child, time_limit_s, None, None)):
+    for event in _heard(child, time_limit_s, None, None):
         if event["event"] == "refused":
             reraise(event)
         if event["event"] == "device":
@@ -118,7 +118,7 @@ def simulated(
     """The simulation by a child, with its libraries; where there is none, the Prediction says why."""
     child.ask("simulate", setup.to_dict(), device=dict(device) if device else None)
     try:
-        for event in tuple(_heard(child, time_limit_s, None, cancelled)):
+        for event in _heard(child, time_limit_s, None, cancelled):
             if event["event"] == "refused":
                 reraise(event)
             if event["event"] == "report":

@@ -37,7 +37,11 @@ class Child:
         """Start it; `cpu_only` hides every GPU from it. Raises PlannerError where it cannot be started."""
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.phase = ""
+        self._started: dict[str, Any] | None = None
+        self._asked = self._ended = 0
         command = [python or sys.executable, "-P", "-m", "planner.measure.child"]
+        if not cpu_only:
+            command.append("--cuda")  # a torch without CUDA is then refused before all other imports
         try:
             self._process = subprocess.Popen(
                 command,
@@ -70,6 +74,7 @@ class Child:
         """Send one job. A process that has died is noticed when its events are read."""
         line = json.dumps({"job": job, "setup": dict(setup), **options}) + "\n"
         assert self._process.stdin is not None
+        self._asked += 1
         with contextlib.suppress(OSError):
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
@@ -77,12 +82,15 @@ class Child:
     def events(
         self, *, time_limit_s: float, cancelled: Callable[[], bool] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """The events of the job that runs, until it ends.
+        """The events of the job asked for last, until it ends; the first says what the process is.
 
         Raises PlannerError, with the process group killed, after `time_limit_s`, when `cancelled()` says so,
         and when the process dies. An unfinished last line is dropped.
         """
         ends_at = time.monotonic() + time_limit_s
+        self.phase = ""
+        if self._started:
+            yield self._started
         while True:
             if cancelled is not None and cancelled():
                 self.kill()
@@ -106,8 +114,16 @@ class Child:
                 continue
             if event.get("event") == "enter":
                 self.phase = event["name"]
+            if event.get("event") == "started":
+                self._started = event
+                yield event
+                continue
             if event.get("event") == "end":
-                return
+                self._ended += 1
+                if self._ended >= self._asked:
+                    return
+            if self._ended < self._asked - 1:  # what nobody wanted to hear of an earlier job
+                continue
             yield event
 
     def kill(self) -> None:

@@ -41,7 +41,6 @@ class CudaReadings:
         self.tracing = False
         self._run: TrainingRun | None = None
         self._base = self._adapters = self._gradients = self._states = 0
-        self._stepped = False
         self._accumulated: dict[int, torch.nn.Parameter] = {}
         self._at_peak: tuple[int, ...] = ()
         self._peak_seen = self._last_peak = 0
@@ -96,8 +95,6 @@ class CudaReadings:
             failed=failed,
             known={} if failed and name == "load" else self._known(name, allocated),
         )
-        if name == "optimizer_step":
-            self._stepped = True
         self._mark(f"end {name} {step or ''}")
 
     def _known(self, name: str, allocated: int) -> dict[str, int]:
@@ -122,7 +119,7 @@ class CudaReadings:
             return known | {"optimizer_states": self._states}
         known["gradients"] = self._gradients
         states = self._state_bytes(name)
-        if self._stepped or not states:  # in the first step they appear somewhere within the phase
+        if states == self._states:  # where they appear, they do so somewhere within the phase
             known["optimizer_states"] = states
         self._states, self._gradients = states, 0
         self._accumulated.clear()

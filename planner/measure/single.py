@@ -32,13 +32,12 @@ def record_of(
     """
     with ExitStack() as stack:
         measuring = stack.enter_context(Child(python=python))
-        simulating = stack.enter_context(Child(python=python, cpu_only=True))
         pool = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-        stack.callback(simulating.kill)  # first of all: what still simulates when the run has failed
         started: list[Future[Prediction]] = []
 
         def hear(event: Mapping[str, Any]) -> None:
             if event["event"] == "device":
+                simulating = stack.enter_context(Child(python=python, cpu_only=True))
                 started.append(pool.submit(simulated, simulating, setup, time_limit_s, device=event))
             if on_event is not None:
                 on_event(event)
