@@ -54,6 +54,7 @@ class Simulation:
         self.phases: list[Phase] = []
         self.peak_reserved_bytes = 0
         self.out_of_memory: OutOfMemory | None = None
+        self.trail: tuple[tuple[Any, ...], ...] | None = None  # see planner.simulate.snapshot
 
     @contextmanager
     def device(self) -> Iterator[None]:
@@ -181,6 +182,8 @@ class Simulation:
     ) -> MemoryReport:
         """What was seen, as the report that all verbs share."""
         peak = self.ledger.peak
+        if self.ledger.trail is not None:
+            self.trail = tuple(self.ledger.trail)  # before the run's own tensors are given up
         return MemoryReport(
             source="simulation",
             setup=setup,
