@@ -76,7 +76,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         k = ops.norm(k, form.head_norms[1], shape.norm)
     if shape.positions == "rope" and form.rotary:
         share = (shape.rotary_dim or shape.head_dim) / shape.head_dim
-        q, k = (ops.rotary(t, share, cats=ops.traits.rotary_cats) for t in (q, k))
+        plain = q, k
+        q, k = (ops.rotary(t, share, cats=ops.traits.rotary_cats) for t in plain)
+        ops.hold(*plain)
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     plan = attention_plan(shape, form, training, v.element)
@@ -89,7 +91,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
     if ops.traits.rotary_cats and form.rotary and plan.kernel == "flash":
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
-    return ops.linear(out, form.attention_output)
+    answer = ops.linear(out, form.attention_output)
+    ops.hold(x, q, k, v)
+    return answer
 
 
 

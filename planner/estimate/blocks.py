@@ -15,26 +15,30 @@ from planner.spec import Training
 
 __all__ = ["embedded", "layer", "mlp"]
 
-def embedded(ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool) -> Tensor:
-    """Token (and position, and type) embeddings, their sum, norm and dropout: the first layer's input.
+def embedded(
+    ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Token embeddings, and with positions, types, norm and dropout the first layer's input.
 
-    `inputs_need_grad`: peft asks for gradients of the embedding's output under checkpointing
-    (`enable_input_require_grads`).
+    `inputs_need_grad`: the token embeddings' output is made to require gradients.
     """
+    tokens: Tensor | None = None
     x: Tensor | None = None
     for table in form.tables:
         rows = _looked_up(ops, table, tied=form.head_table_trained and not table.position and x is None)
-        if inputs_need_grad and x is None:
-            rows.needs_grad = True
+        if tokens is None:
+            tokens = rows
+            rows.needs_grad = rows.needs_grad or inputs_need_grad
         if table.width != shape.hidden_size:  # OPT-350m
             rows = ops.linear(rows, next(t for t in form.outer_linears if t.name == "project_in"))
         x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
     assert x is not None  # every model has a token embedding
+    assert tokens is not None
     if shape.embedding_scale:
         x = ops.scaled(x)
     if ops.traits.normed_embeddings:
         x = ops.norm(x, form.outer_norms[0], shape.norm)
-    return ops.dropout(x, shape.embedding_dropout)
+    return tokens, ops.dropout(x, shape.embedding_dropout)
 
 
 def _looked_up(ops: Operations, table: TableForm, *, tied: bool) -> Tensor:
@@ -121,10 +125,13 @@ def mlp(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Ten
     assert form.mlp_output is not None  # mixtures of experts have no formula yet
     if shape.mlp == "plain":
         inner = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
-        return ops.linear(inner, form.mlp_output)
-    if shape.fused_gate_up:
+    elif shape.fused_gate_up:
         both = ops.linear(x, form.mlp_inputs[0])
         gate, up = ops.split(both, (both.numel // 2, both.numel // 2))
-        return ops.linear(ops.product(up, ops.activation(gate, shape.activation)), form.mlp_output)
-    gate = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
-    return ops.linear(ops.product(gate, ops.linear(x, form.mlp_inputs[1])), form.mlp_output)
+        inner = ops.product(up, ops.activation(gate, shape.activation))
+    else:
+        gate = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
+        inner = ops.product(gate, ops.linear(x, form.mlp_inputs[1]))
+    out = ops.linear(inner, form.mlp_output)
+    ops.hold(x)
+    return out

@@ -71,7 +71,7 @@ def loss_memory(
     return LossMemory(
         forward_peak_bytes=kept + held + single.size_bytes,
         kept_bytes=kept,
-        backward=ops.backward_moment(keepers, hidden, logarithms, accumulates=accumulates),
+        backward=ops.backward_moment(keepers, hidden, logarithms, accumulates=accumulates)[0],
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
         input_kept=hidden in keepers,
         output_bytes=output,

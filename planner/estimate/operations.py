@@ -66,30 +66,36 @@ class Operations(Tape):
         return out
 
     def _product_with_weight(self, x: Tensor, form: LinearForm) -> Tensor:
-        recipe = self.recipe
-        numel = form.inputs * form.outputs
-        gradients = scratch = 0
-        if form.weight_trained:
-            gradients += block_bytes(numel * recipe.base)
-        if form.bias_trained:
-            gradients += block_bytes(form.outputs * recipe.base)
-        kept: tuple[Tensor, ...] = ()
-        if recipe.autocast:
-            x = self.cast(x, recipe.compute)
-            weight = Tensor(numel, recipe.compute, False)
-            if x.needs_grad:
-                kept = (weight,)
-            scratch = weight.size_bytes if form.weight_trained else 0
-            self.copied_bytes += scratch
-        if form.weight_trained:
-            kept = (*kept, x)
+        base = self.recipe.base
+        gradients = block_bytes(form.inputs * form.outputs * base) if form.weight_trained else 0
+        biases = block_bytes(form.outputs * base) if form.bias_trained else 0
+        return self._product(x, form.inputs, form.outputs, gradients, biases)
+
+    def _product(self, x: Tensor, inputs: int, outputs: int, gradients: int, biases: int) -> Tensor:
+        """x W. `gradients` and `biases`: bytes of the gradients of W and b where they are trained."""
+        rows = x.numel // inputs
+        if not self.recipe.autocast:
+            kept: tuple[Tensor, ...] = (x,) if gradients else ()
+            return self.op(
+                (x,),
+                rows * outputs,
+                x.element,
+                kept,
+                weight_bytes=gradients + biases,
+                reads_weight=x.needs_grad,
+            )
+        x = self.cast(x, self.recipe.compute)
+        weight = self.op((), inputs * outputs, self.recipe.compute, weight_bytes=gradients)
+        if gradients:
+            self.copied_bytes += weight.size_bytes
+        kept = tuple([t for t, other in ((x, weight), (weight, x)) if other.needs_grad])
         return self.op(
-            (x,),
-            x.numel // form.inputs * form.outputs,
+            (x, weight),
+            rows * outputs,
             x.element,
             kept,
-            weight_bytes=gradients,
-            scratch_bytes=scratch,
+            weight_bytes=biases,
+            reads_weight=x.needs_grad,
         )
 
     def _lora(self, x: Tensor, result: Tensor, form: LinearForm) -> Tensor:
@@ -98,36 +104,25 @@ class Operations(Tape):
         Keeps x in the adapter's type (a copy of its own for each target module) for A's gradient, and
         A's output [T, r] for B's.
         """
-        recipe = self.recipe
-        rows = x.numel // form.inputs
-        x = self.dropout(self.cast(x, recipe.adapter), form.lora_dropout)
-        down = self._trained(x, rows, form.inputs, form.rank)
-        up = self._trained(down, rows, form.rank, form.outputs)
-        return self.cast(self.add(result, self.scaled(up)), result.element)
+        single = self.cast(x, self.recipe.adapter)
+        down = self._trained(self.dropout(single, form.lora_dropout), form.inputs, form.rank)
+        up = self._trained(down, form.rank, form.outputs)
+        out = self.cast(self.add(result, self.scaled(up)), result.element)
+        self.hold(x, single)
+        return out
 
-    def _trained(self, x: Tensor, rows: int, inputs: int, outputs: int, *, bias: bool = False) -> Tensor:
-        """A trained layer that a method brought along."""
-        recipe = self.recipe
-        kept: tuple[Tensor, ...] = ()
-        scratch = 0
-        if recipe.autocast:
-            x = self.cast(x, recipe.compute)
-            weight = Tensor(inputs * outputs, recipe.compute, False)
-            kept, scratch = ((weight,) if x.needs_grad else ()), weight.size_bytes
-            self.copied_bytes += scratch
-        gradients = block_bytes(inputs * outputs * recipe.adapter)
-        if bias:
-            gradients += block_bytes(outputs * recipe.adapter)
-        return self.op(
-            (x,), rows * outputs, x.element, (*kept, x), weight_bytes=gradients, scratch_bytes=scratch
-        )
+    def _trained(self, x: Tensor, inputs: int, outputs: int, *, bias: bool = False) -> Tensor:
+        """A trained layer that a method brought along, in the adapter's type."""
+        element = self.recipe.adapter
+        biases = block_bytes(outputs * element) if bias else 0
+        return self._product(x, inputs, outputs, block_bytes(inputs * outputs * element), biases)
 
     def lora_rows(self, rows: Tensor, count: int, width: int, rank: int) -> Tensor:
         """rows + (A^T[ids] B^T) alpha / r: peft/tuners/lora/layer.py, `Embedding.forward`."""
         element = self.recipe.adapter
         tokens = rows.numel // width
         down = self.op((), tokens * rank, element, weight_bytes=block_bytes(count * rank * element))
-        up = self._trained(down, tokens, rank, width)
+        up = self._trained(down, rank, width)
         return self.cast(self.add(rows, self.scaled(up)), rows.element)
 
     def bottleneck(self, x: Tensor, width: int, size: int) -> Tensor:
@@ -135,10 +130,9 @@ class Operations(Tape):
 
         Keeps x in the adapter's type [T, h] and relu's output [T, m] once: relu and `up` share it.
         """
-        rows = x.numel // width
-        down = self._trained(self.cast(x, self.recipe.adapter), rows, width, size, bias=True)
+        down = self._trained(self.cast(x, self.recipe.adapter), width, size, bias=True)
         inner = self.op((down,), down.numel, down.element, keeps_output=True)
-        up = self._trained(inner, rows, size, width, bias=True)
+        up = self._trained(inner, size, width, bias=True)
         return self.cast(self.add(x, up), x.element)
 
     def norm(self, x: Tensor, form: NormForm, kind: str) -> Tensor:

@@ -92,7 +92,7 @@ def _moments(
     optimizer = _Candidate(
         phase="optimizer_step",
         gradients=gradients,
-        activations=layers.inputs_bytes + layers.hooked_bytes if layers else 0,
+        activations=layers.inputs_bytes + 2 * layers.leaf_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
         temporaries=kept.step_temporaries_bytes,
         workspace=workspace,
@@ -116,7 +116,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
 
     `earlier_logits`: the output of the micro batch before, held until this one's is there.
     """
-    waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes
+    waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = _Candidate(phase="forward")
     for stretch in layers.stretches:
         waiting += (stretch.kept_bytes + stretch.copied_bytes) * (stretch.count - 1)
@@ -143,7 +143,12 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
 def _waiting(layers: Stack, checkpointed: bool) -> int:
     """What the forward pass leaves for the backward pass, head and loss apart."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
-    return layers.inputs_bytes + layers.tables_bytes + kept + (layers.masks_bytes if checkpointed else 0)
+    masks = layers.masks_bytes if checkpointed else 0
+    return layers.inputs_bytes + layers.tables_bytes + kept + masks + _leaf_bytes(layers)
+
+
+def _leaf_bytes(layers: Stack) -> int:
+    return 0 if layers.leaf_is_input else layers.leaf_bytes
 
 
 def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bool) -> _Candidate:
@@ -196,7 +201,7 @@ def _phases(
     waiting = output = 0
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes + _waiting(layers, checkpointed)
-        output = layers.loss.output_bytes + layers.inputs_bytes + layers.hooked_bytes
+        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),

@@ -13,7 +13,7 @@ from planner.estimate.resident import block_bytes, packed_bytes
 from planner.estimate.tape import Moment, Tensor
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture
-from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
+from planner.spec import PeftConfig, PeftOfSize, Setup, Training
 from planner.units import MIB
 
 __all__ = ["Stack", "Stretch", "has_formulas", "stack"]
@@ -44,8 +44,8 @@ class Stack:
 
     `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
     attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
-    `hooked_bytes`: the embeddings' output and its gradient, which the output's graph holds after the
-    backward pass where peft asked for that gradient.
+    `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
+    both to the end of the step; `leaf_is_input`: the first layer keeps it anyway.
     """
 
     stretches: tuple[Stretch, ...]
@@ -54,7 +54,8 @@ class Stack:
     tables_bytes: int
     masks_bytes: int
     hidden_bytes: int
-    hooked_bytes: int
+    leaf_bytes: int
+    leaf_is_input: bool
 
 
 def has_formulas(setup: Setup) -> bool:
@@ -72,13 +73,13 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     shape = setup.model.architecture
     assert shape is not None  # the caller asks for closed-form families only
     form = model_form(setup)
-    # peft makes the embeddings' output require gradients where checkpointing is on:
-    # peft/peft_model.py, `_prepare_model_for_gradient_checkpointing`
+    # With checkpointing the token embeddings' output is made to require gradients: transformers 5.23,
+    # modeling_utils.py, `activation_checkpointing_enable`. Where they are frozen it is a leaf of the graph.
     training = setup.training
-    hooked = training.activation_checkpointing and isinstance(setup.method, LoRA)
+    hooked = training.activation_checkpointing and not form.tables[0].trained
     ops = _operations(setup, shape)
-    x = embedded(ops, form, shape, inputs_need_grad=hooked)
-    rows = x
+    rows, x = embedded(ops, form, shape, inputs_need_grad=hooked)
+    leaf_is_input = rows is x
     stretches = [_stretch(ops, None, x, accumulates=accumulates)]
     for layer_form, count in form.runs:
         left = count
@@ -98,7 +99,8 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         tables_bytes=_tables_bytes(shape, training.seq_len, RECIPES[training.precision].base),
         masks_bytes=_masks_bytes(shape, training, RECIPES[training.precision].base),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
-        hooked_bytes=2 * rows.size_bytes if hooked else 0,
+        leaf_bytes=rows.size_bytes if hooked else 0,
+        leaf_is_input=leaf_is_input,
     )
 
 
@@ -160,7 +162,7 @@ def _stretch(
     """What the tape comes to. `checkpointed`: only the input is kept, the rest is made again."""
     keepers = ops.keepers()
     keepers.pop(out.owner, None)  # the next stretch counts its input
-    forward_peak = ops.forward_peak_bytes(keepers)
+    forward_peak = ops.forward_peak_bytes({} if checkpointed else keepers)
     if not out.needs_grad:
         return Stretch(
             count=count,
@@ -172,11 +174,11 @@ def _stretch(
         )
     input_bytes = start.size_bytes if start is not None and (checkpointed or start in keepers) else 0
     kept = input_bytes + (out.size_bytes if keeps_output else 0)
-    moment = ops.backward_moment(keepers, start, out, accumulates=accumulates)
+    moment, asking = ops.backward_moment(keepers, start, out, accumulates=accumulates)
     if checkpointed:
         again = ops.forward_peak_bytes(keepers, recomputed=True)
-        if again + out.size_bytes > moment.total_bytes:
-            moment = Moment(again, out.size_bytes, 0)
+        if again + asking > moment.total_bytes:
+            moment = Moment(again, asking, 0)
     else:
         kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start], count)
     return Stretch(

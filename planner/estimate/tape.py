@@ -32,7 +32,16 @@ class Tensor:
 class Node:
     """One operation: what goes in and out, what autograd keeps, what its backward needs beside it."""
 
-    __slots__ = ("aliases", "inputs", "kept", "outputs", "scratch_bytes", "weight_bytes", "work_bytes")
+    __slots__ = (
+        "aliases",
+        "inputs",
+        "kept",
+        "outputs",
+        "reads_weight",
+        "scratch_bytes",
+        "weight_bytes",
+        "work_bytes",
+    )
 
     def __init__(
         self,
@@ -43,8 +52,9 @@ class Node:
         scratch_bytes: int = 0,
         weight_bytes: int = 0,
         work_bytes: int = 0,
+        reads_weight: bool = False,
     ) -> None:
-        """`aliases`: the inputs' gradients are the output's own; the byte counts as in `Tape.op`."""
+        """`aliases`: the inputs' gradients are the output's own; all others as in `Tape.op`."""
         self.inputs = inputs
         self.outputs = outputs
         self.kept = kept
@@ -52,6 +62,7 @@ class Node:
         self.scratch_bytes = scratch_bytes
         self.weight_bytes = weight_bytes
         self.work_bytes = work_bytes
+        self.reads_weight = reads_weight
 
 
 class Moment:
@@ -80,11 +91,12 @@ class _Gradient:
 class Tape:
     """The operations of one stretch of a model, in the order of the forward pass."""
 
-    __slots__ = ("nodes",)
+    __slots__ = ("holds", "nodes")
 
     def __init__(self) -> None:
         """Nothing has run."""
         self.nodes: list[Node] = []
+        self.holds: list[tuple[Tensor, int]] = []
 
     def op(
         self,
@@ -99,13 +111,15 @@ class Tape:
         work_bytes: int = 0,
         keeps_output: bool = False,
         trained: bool = False,
+        reads_weight: bool = False,
     ) -> Tensor:
         """A new tensor of `numel` elements.
 
         `kept`: tensors that autograd keeps where the output needs a gradient. `weight_bytes`: gradients
         of the weights trained here. In the backward pass `scratch_bytes` live beside the gradients of
         output, inputs and weights; `work_bytes` live beside the output in the forward pass. `trained`: a
-        weight is trained here though its gradient is counted elsewhere.
+        weight is trained here though its gradient is counted elsewhere. `reads_weight`: the backward pass
+        needs a weight, which a checkpoint hands out only after its recomputation.
         """
         needs = trained or weight_bytes > 0
         for tensor in inputs:
@@ -114,7 +128,16 @@ class Tape:
         if keeps_output:
             kept = (*kept, out)
         self.nodes.append(
-            Node(inputs, (out,), kept if needs else (), aliases, scratch_bytes, weight_bytes, work_bytes)
+            Node(
+                inputs,
+                (out,),
+                kept if needs else (),
+                aliases,
+                scratch_bytes,
+                weight_bytes,
+                work_bytes,
+                reads_weight and needs,
+            )
         )
         return out
 
@@ -130,6 +153,11 @@ class Tape:
         self.nodes.append(Node((x,), outs))
         return outs
 
+    def hold(self, *tensors: Tensor) -> None:
+        """Say that a variable of the running function refers to these until here."""
+        last = len(self.nodes) - 1
+        self.holds += [(tensor.owner, last) for tensor in tensors]
+
     def keepers(self) -> dict[Tensor, int]:
         """How many nodes keep each storage."""
         keepers: dict[Tensor, int] = {}
@@ -141,8 +169,8 @@ class Tape:
     def forward_peak_bytes(self, keepers: dict[Tensor, int], *, recomputed: bool = False) -> int:
         """Most bytes alive while the stretch runs forward, those of its inputs not counted.
 
-        A tensor that is not kept goes after its last use. `recomputed`: checkpointing stops as soon as
-        the last kept tensor is there (torch/utils/checkpoint.py, early stop).
+        A tensor that is not kept goes after its last use or hold. `recomputed`: checkpointing stops as
+        soon as the last tensor that autograd keeps is there (torch/utils/checkpoint.py, early stop).
         """
         nodes = self.nodes
         last_use: dict[Tensor, int] = {}
@@ -152,9 +180,13 @@ class Tape:
                 last_use[tensor.owner] = index
             for tensor in node.outputs:
                 last_use[tensor.owner] = index
-            if node.kept:
+            if node.kept or node.reads_weight:
                 last_kept = index
+        for owner, index in self.holds:
+            if index > last_use.get(owner, index):
+                last_use[owner] = index
         ends: dict[int, int] = {}
+        beside = {owner: owner.size_bytes for owner in keepers if owner not in last_use}  # masks, statistics
         live = peak = 0
         for index, node in enumerate(nodes):
             stops = recomputed and index == last_kept
@@ -164,6 +196,8 @@ class Tape:
                     if out not in keepers:
                         end = last_use[out]
                         ends[end] = ends.get(end, 0) + out.size_bytes
+            for tensor in node.kept:
+                live += beside.pop(tensor.owner, 0)
             if live + node.work_bytes > peak:
                 peak = live + node.work_bytes
             if stops:
@@ -173,8 +207,11 @@ class Tape:
 
     def backward_moment(
         self, keepers: dict[Tensor, int], outside: Tensor | None, out: Tensor, *, accumulates: bool
-    ) -> Moment:
+    ) -> tuple[Moment, int]:
         """The moment of most memory while gradients flow from `out` to the stretch's inputs.
+
+        Also the bytes of gradients when autograd first asks for something kept: where a checkpoint is
+        recomputed.
 
         Storages of `outside` (the stretch's input) are not counted. `accumulates`: weights have
         gradients already, so that new ones live only until they are added.
@@ -186,10 +223,13 @@ class Tape:
         live, weights = out.size_bytes, 0
         best = Moment(kept, live, weights)
         best_total = best.total_bytes
+        at_first_kept = 0
         for node in reversed(self.nodes):
             arrived = [grad for output in node.outputs if (grad := gradients.pop(output, None)) is not None]
             if not arrived:
                 continue
+            if not at_first_kept and (node.kept or node.reads_weight):
+                at_first_kept = live
             made: list[tuple[Tensor, _Gradient]] = []
             for tensor in node.inputs:
                 if tensor.needs_grad:
@@ -232,7 +272,7 @@ class Tape:
                     if not users[owner]:
                         kept -= owner.size_bytes
                         del users[owner]
-        return best
+        return best, at_first_kept or live
 
 
 def _released(gradient: _Gradient) -> int:
