@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tables import TABLES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before any test imports huggingface_hub, which reads these once, at import.
@@ -27,6 +29,19 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLI
     os.environ.pop(_name, None)
 
 PlannerCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tables whose rows the tests of this run recorded."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    recorded = [item for report in reports for item in getattr(report, "user_properties", ())]
+    for name, (title, header) in TABLES.items():
+        rows = sorted(row for key, row in recorded if key == name)
+        if rows:
+            terminalreporter.section(title)
+            terminalreporter.write_line(header)
+            for row in rows:
+                terminalreporter.write_line(row)
 
 
 def pytest_unconfigure() -> None:

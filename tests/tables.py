@@ -1,0 +1,11 @@
+"""The tables that a test run prints at its end, by the name of the property that carries their rows.
+
+A test adds a row with `record_property(name, row)`, which pytest-xdist hands on.
+"""
+
+TABLES = {
+    "published_t4_runs": (
+        "simulation against published runs of a Tesla T4 (fitcheck-llm 0.3.1, MIT), MiB too much",
+        f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'reserved':>9}",
+    ),
+}
