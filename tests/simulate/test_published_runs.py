@@ -1,7 +1,8 @@
 """Real LoRA steps of a Tesla T4, measured and published by others, simulated phase by phase.
 
 tests/data/published_t4_runs.json: figures of the measurement archive in the source distribution of
-fitcheck-llm 0.3.1 (PyPI, MIT). Torch 2.10 to 2.14 and transformers 5.0 to 5.17 made them; no coefficient is fitted here.
+fitcheck-llm 0.3.1 (PyPI, MIT). Torch 2.10 to 2.14 and transformers 5.0 to 5.17 made them; no coefficient is
+fitted here.
 """
 
 from __future__ import annotations
