@@ -2,7 +2,14 @@
 
 from planner.advise.changes import Change, applied, changes
 from planner.advise.fits import Verdict, Word, verdict
-from planner.advise.limits import Cell, grid, largest_micro_batch, largest_seq_len, smallest_gpu
+from planner.advise.limits import (
+    Cell,
+    grid,
+    largest_micro_batch,
+    largest_seq_len,
+    smallest_gpu,
+    verdicts,
+)
 
 __all__ = [
     "Cell",
@@ -16,4 +23,5 @@ __all__ = [
     "largest_seq_len",
     "smallest_gpu",
     "verdict",
+    "verdicts",
 ]

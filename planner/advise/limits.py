@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from planner.advise.fits import Verdict, verdict
 from planner.catalog.gpus import Gpu, gpus
 from planner.errors import SetupError
 from planner.estimate import estimate
+from planner.report import MemoryReport
 from planner.spec import Setup
 
-__all__ = ["Cell", "asked_gpu", "grid", "largest_micro_batch", "largest_seq_len", "smallest_gpu"]
+__all__ = ["Cell", "asked_gpu", "grid", "largest_micro_batch", "largest_seq_len", "smallest_gpu", "verdicts"]
 
 _LARGEST = 10**9  # planner.spec refuses more
 
@@ -56,10 +58,22 @@ def largest_seq_len(setup: Setup) -> int | None:
 
 def smallest_gpu(setup: Setup) -> Gpu | None:
     """The GPU of the catalogue with the least memory that fits the run, None where none does."""
-    for candidate in sorted(gpus(), key=lambda gpu: (gpu.total_bytes, gpu.name)):
-        if verdict(estimate(setup.replace(gpu=candidate)), candidate).fits:
-            return candidate
-    return None
+    fitting = [card for card, found in verdicts(setup) if found.fits]
+    return min(fitting, key=lambda card: (card.total_bytes, card.name), default=None)
+
+
+def verdicts(setup: Setup) -> tuple[tuple[Gpu, Verdict], ...]:
+    """Every GPU of the catalogue, in its order, with the verdict of this run on it.
+
+    One estimate for each compute capability: the formulas know nothing else of a card.
+    """
+    reports: dict[tuple[int, int] | None, MemoryReport] = {}
+    found = []
+    for card in gpus():
+        if card.capability not in reports:
+            reports[card.capability] = estimate(setup.replace(gpu=card))
+        found.append((card, verdict(reports[card.capability], card)))
+    return tuple(found)
 
 
 def grid(setup: Setup, batches: Sequence[int], seq_lens: Sequence[int]) -> tuple[tuple[Cell, ...], ...]:
@@ -70,10 +84,15 @@ def grid(setup: Setup, batches: Sequence[int], seq_lens: Sequence[int]) -> tuple
     def cell(batch: int, seq_len: int) -> Cell:
         found = None
         if limit is None or seq_len <= limit:
-            found = verdict(estimate(setup.replace(micro_batch_size=batch, seq_len=seq_len)), gpu)
+            found = _verdict(setup.replace(micro_batch_size=batch, seq_len=seq_len), gpu)
         return Cell(micro_batch_size=batch, seq_len=seq_len, verdict=found)
 
     return tuple(tuple(cell(batch, seq_len) for seq_len in seq_lens) for batch in batches)
+
+
+@lru_cache(maxsize=2048)  # 32 grids: another micro batch or sequence length asks for the same cells again
+def _verdict(setup: Setup, gpu: Gpu) -> Verdict:
+    return verdict(estimate(setup), gpu)
 
 
 def _largest_of(setup: Setup, field: str, limit: int) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner.advise import Verdict, verdict
-from planner.catalog.gpus import Gpu, gpus
+from planner.advise import Verdict, verdict, verdicts
+from planner.catalog.gpus import Gpu
 from planner.compare import Comparison, comparison, full_of
 from planner.dashboard import state
 from planner.dashboard.fields import method_fields, training_fields
@@ -101,10 +101,11 @@ def answer(setup: Setup, more: Sequence[MemoryReport] = ()) -> Answer:
 
 def cards(setup: Setup) -> tuple[tuple[Gpu, Verdict], ...]:
     """Every GPU of the catalogue with this run's verdict on it: what fits first, from the smallest up."""
-    found = [(card, verdict(estimate(setup.replace(gpu=card)), card)) for card in gpus()]
     order = ("fits", "tight", "not known", "does not fit")
     return tuple(
-        sorted(found, key=lambda pair: (order.index(pair[1].word), pair[0].total_bytes, pair[0].name))
+        sorted(
+            verdicts(setup), key=lambda pair: (order.index(pair[1].word), pair[0].total_bytes, pair[0].name)
+        )
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from planner.advise import grid, largest_micro_batch, largest_seq_len, smallest_gpu, verdict
+from planner.advise import grid, largest_micro_batch, largest_seq_len, smallest_gpu, verdict, verdicts
 from planner.advise.limits import _largest
 from planner.catalog.gpus import gpus
 from planner.errors import SetupError
@@ -93,6 +93,22 @@ def test_no_smaller_gpu_fits():
     for smaller in gpus():
         if smaller.total_bytes < found.total_bytes:
             assert not fits(planned.replace(gpu=smaller)), smaller.name
+
+
+@pytest.mark.parametrize("model", ["gpt2", LLAMA])
+def test_the_verdict_on_every_card_is_that_of_its_own_estimate(model):
+    planned = Setup(model=model, method=LoRA(), training=Training(micro_batch_size=8))
+    expected = {c.name: verdict(estimate(planned.replace(gpu=c)), c) for c in gpus()}
+    assert {card.name: found for card, found in verdicts(planned)} == expected
+    assert len({card.capability for card in gpus()}) > 3  # what an estimate may share
+
+
+def test_a_grid_asked_again_is_the_same_and_another_setup_gets_its_own():
+    planned = setup()
+    first = grid(planned, [1, 2], [128, 256])
+    assert grid(planned.replace(micro_batch_size=2), [1, 2], [128, 256]) == first
+    other = grid(planned.replace(precision="fp32"), [1, 2], [128, 256])
+    assert other[0][0].verdict.peak_bytes > first[0][0].verdict.peak_bytes
 
 
 def test_no_gpu_fits_what_is_too_large():

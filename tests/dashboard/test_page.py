@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from planner import catalog
-from planner.catalog.gpus import gpus
+from planner.advise import verdicts
 from planner.dashboard import answers, grid as squares
 from planner.dashboard.links import DEFAULTS
 from planner.spec import METHODS, Setup
@@ -218,7 +218,7 @@ def test_every_model_of_the_catalogue_gets_a_verdict_or_a_clear_refusal(
     monkeypatch.setattr(
         squares, "axis", lambda name, current, limit=None: (current,)
     )  # the grid has its own tests
-    monkeypatch.setattr(answers, "gpus", lambda: gpus()[:2])
+    monkeypatch.setattr(answers, "verdicts", lambda setup: verdicts(setup)[:2])
     app = open_app(method=method)
     for model in catalog.models():
         app = change(app, model=model)
