@@ -8,4 +8,12 @@ TABLES = {
         "simulation against published runs of a Tesla T4 (fitcheck-llm 0.3.1, MIT), MiB too much",
         f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'reserved':>9}",
     ),
+    "published_t4_runs_estimated": (
+        "estimate against the same published runs, share too much",
+        f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'peak':>9}",
+    ),
+    "estimate_against_simulation": (
+        "estimate against simulation, peak allocated memory",
+        f"{'setup':<62} {'simulated MiB':>13} {'peak':>8}  worst part, worst phase of the second step",
+    ),
 }

@@ -193,11 +193,14 @@ def _eager(
     if plan.masked:
         scores = ops.op((scores,), n, element, aliases=True)
     single = element if ops.traits.softmax_in_own_type and not ops.recipe.autocast else 4
+    converted = scores
     if element == 2 and single == 4 and training.precision != "fp16":
-        scores = ops.cast(scores, 4)
+        converted = ops.cast(scores, 4)
     scratch = block_bytes(n * single)
-    probabilities = ops.op((scores,), n, single, keeps_output=True, scratch_bytes=scratch)
-    dropped = ops.dropout(ops.cast(probabilities, element), shape.attention_dropout)
+    probabilities = ops.op((converted,), n, single, keeps_output=True, scratch_bytes=scratch)
+    weights = ops.cast(probabilities, element)
+    ops.hold(scores)
+    dropped = ops.dropout(weights, shape.attention_dropout)
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
 

@@ -44,13 +44,12 @@ def embedded(
 def _looked_up(ops: Operations, table: TableForm, *, tied: bool) -> Tensor:
     """Rows of an embedding table. Keeps nothing; a trained table's gradient is dense, [rows, width].
 
-    `tied`: the head has made that gradient already, and this one lives until it is added. Above 3,072
-    tokens the indices are sorted in four int64 buffers (Embedding.cu, embedding_dense_backward_cuda).
+    `tied`: the head has made that gradient already, and this one lives until it is added.
     """
     tokens = ops.seq_len if table.position else ops.tokens
     numel = tokens * table.width
     gradient = block_bytes(table.rows * table.width * ops.recipe.base) if table.trained else 0
-    sorting = 4 * block_bytes(8 * tokens) if tokens > 3072 else 0
+    sorting = _sorted_sums_bytes(tokens, table)
     rows = ops.op(
         (),
         numel,
@@ -60,6 +59,20 @@ def _looked_up(ops: Operations, table: TableForm, *, tied: bool) -> Tensor:
         trained=table.trained,
     )
     return ops.lora_rows(rows, table.rows, table.width, table.rank) if table.rank else rows
+
+
+def _sorted_sums_bytes(tokens: int, table: TableForm) -> int:
+    """What the gradient of a table takes for itself: EmbeddingBackwardKernel.cu, above 3,072 indices.
+
+    Indices sorted, their origin and where a row begins; for each row that may be hit, and every 10 indices
+    more, a partial sum in fp32.
+    """
+    if tokens <= 3072:
+        return 0
+    hit = min(tokens, table.rows)
+    partial = tokens // 10 + hit
+    by_row = 2 * block_bytes(8 * hit) + block_bytes(8 * partial) + 2 * block_bytes(8)
+    return 3 * block_bytes(8 * tokens) + by_row + block_bytes(4 * partial * table.width)
 
 
 def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:

@@ -77,7 +77,10 @@ class LayerForm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelForm:
-    """`runs`: consecutive equal layers with their number, first layer first; the rest by position."""
+    """`runs`: consecutive equal layers with their number, first layer first; the rest by position.
+
+    Equal forms are the same object.
+    """
 
     runs: tuple[tuple[LayerForm, int], ...]
     tables: tuple[TableForm, ...]
@@ -131,8 +134,10 @@ def _model_form(setup: Setup) -> ModelForm:
     inner = [t for t in model.tensors if "*" in t.name]
     outer = [t for t in model.tensors if "*" not in t.name]
     runs: list[tuple[LayerForm, int]] = []
+    kinds: dict[LayerForm, LayerForm] = {}
     for layer in range(shape.num_layers):
         form = _layer_form(inner, layer, shape, marks)
+        form = kinds.setdefault(form, form)
         if runs and runs[-1][0] == form:
             runs[-1] = (form, runs[-1][1] + 1)
         else:

@@ -94,7 +94,7 @@ def _moments(
         gradients=gradients,
         activations=layers.inputs_bytes + 2 * layers.leaf_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
-        temporaries=kept.step_temporaries_bytes,
+        temporaries=kept.step_temporaries_bytes if layers else 0,
         workspace=workspace,
     )
     if layers is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.estimate.blocks import embedded, layer
 from planner.estimate.forms import LayerForm, model_form
@@ -81,12 +81,18 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     rows, x = embedded(ops, form, shape, inputs_need_grad=hooked)
     leaf_is_input = rows is x
     stretches = [_stretch(ops, None, x, accumulates=accumulates)]
+    walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
     for layer_form, count in form.runs:
         left = count
         while left:
-            out, stretch = _layers(setup, shape, layer_form, x, left, accumulates=accumulates)
-            stretches.append(stretch)
-            left -= stretch.count
+            key = (id(layer_form), x.needs_grad, x.element)
+            if key not in walked:
+                walked[key] = _layer(setup, shape, layer_form, x, accumulates=accumulates)
+            out, stretch = walked[key]
+            # the first trained layer differs from those after it
+            alike = left if (out.needs_grad, out.element) == (x.needs_grad, x.element) else 1
+            stretches.append(stretch if alike == 1 else replace(stretch, count=alike))
+            left -= alike
             x = out
     ops, start = _operations(setup, shape), _input(x)
     hidden = hidden_for_head(ops, start, form, shape)
@@ -138,34 +144,43 @@ def _masks_bytes(shape: Architecture, training: Training, element: int) -> int:
     return 0
 
 
-def _layers(
-    setup: Setup, shape: Architecture, form: LayerForm, x: Tensor, count: int, *, accumulates: bool
+def _layer(
+    setup: Setup, shape: Architecture, form: LayerForm, x: Tensor, *, accumulates: bool
 ) -> tuple[Tensor, Stretch]:
-    """One walk for as many layers as are alike: the first trained one differs from those after it."""
+    """One layer and its output."""
     ops, start = _operations(setup, shape), _input(x)
     out = layer(ops, start, shape, form, setup.training)
-    alike = count if (out.needs_grad, out.element) == (start.needs_grad, start.element) else 1
-    checkpointed = setup.training.activation_checkpointing
-    return out, _stretch(ops, start, out, alike, accumulates=accumulates, checkpointed=checkpointed)
+    stretch = _stretch(
+        ops,
+        start,
+        out,
+        repeats=shape.num_layers,
+        accumulates=accumulates,
+        checkpointed=setup.training.activation_checkpointing,
+    )
+    return out, stretch
 
 
 def _stretch(
     ops: Operations,
     start: Tensor | None,
     out: Tensor,
-    count: int = 1,
     *,
     accumulates: bool,
+    repeats: int = 1,
     checkpointed: bool = False,
     keeps_output: bool = False,
 ) -> Stretch:
-    """What the tape comes to. `checkpointed`: only the input is kept, the rest is made again."""
+    """What the tape comes to, `repeats` times in the model.
+
+    `checkpointed`: only the input is kept, the rest is made again.
+    """
     keepers = ops.keepers()
     keepers.pop(out.owner, None)  # the next stretch counts its input
     forward_peak = ops.forward_peak_bytes({} if checkpointed else keepers)
     if not out.needs_grad:
         return Stretch(
-            count=count,
+            count=1,
             kept_bytes=0,
             input_bytes=0,
             forward_peak_bytes=forward_peak,
@@ -180,9 +195,9 @@ def _stretch(
         if again + asking > moment.total_bytes:
             moment = Moment(again, asking, 0)
     else:
-        kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start], count)
+        kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start], repeats)
     return Stretch(
-        count=count,
+        count=1,
         kept_bytes=kept,
         input_bytes=input_bytes,
         forward_peak_bytes=forward_peak,
@@ -192,11 +207,11 @@ def _stretch(
     )
 
 
-def _kept_bytes(sizes: list[int], count: int) -> int:
+def _kept_bytes(sizes: list[int], repeats: int) -> int:
     """What the tensors that one layer keeps count for, averaged over a few layers packed in segments."""
-    if count == 1 or not any(MIB < size < 10 * MIB for size in sizes):
+    if repeats == 1 or not any(MIB < size < 10 * MIB for size in sizes):
         return sum(sizes)
-    layers = min(count, _PACKED_LAYERS)
+    layers = min(repeats, _PACKED_LAYERS)
     return packed_bytes(sizes * layers) // layers
 
 

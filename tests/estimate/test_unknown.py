@@ -1,0 +1,67 @@
+"""What the estimate does not know it names, and counts as 0."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from planner import catalog
+from planner.estimate import estimate
+from planner.report import PARTS, MemoryReport
+from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
+from planner.units import MIB
+
+MODEL = catalog.model("Qwen/Qwen3-0.6B")
+
+
+def _named(report: MemoryReport) -> None:
+    assert report.notes
+    assert all(getattr(report.parts, part) == 0 for part in report.not_known)
+    assert report.peak_allocated_bytes == sum(getattr(report.parts, part) for part in PARTS)
+
+
+def test_an_architecture_without_formulas_leaves_activations_to_the_simulation() -> None:
+    model = dataclasses.replace(MODEL, architecture=None)
+    report = estimate(Setup(model=model, method=LoRA(target_modules=("q_proj",))))
+    assert report.not_known == ("activations", "logits_and_loss", "temporaries")
+    assert "simulate" in report.notes[0]
+    assert report.parts.adapter_weights > 0
+    assert report.parts.workspace > 0
+    _named(report)
+
+
+def test_a_family_whose_layers_are_not_described_is_not_guessed() -> None:
+    shape = MODEL.architecture
+    assert shape is not None
+    model = dataclasses.replace(MODEL, architecture=dataclasses.replace(shape, family="unheard_of"))
+    assert estimate(Setup(model=model)).not_known == ("activations", "logits_and_loss", "temporaries")
+
+
+def test_a_method_known_by_its_size_has_weights_gradients_and_states() -> None:
+    report = estimate(Setup(model=MODEL, method=PeftOfSize(trainable_params=25 * MIB)))
+    assert report.parts.adapter_weights == report.parts.gradients == 4 * 25 * MIB
+    assert report.parts.optimizer_states == 8 * 25 * MIB
+    assert "activations" in report.not_known
+
+
+def test_a_peft_configuration_is_known_to_the_simulation_alone() -> None:
+    method = PeftConfig(peft_config_json='{"peft_type": "IA3"}')
+    report = estimate(Setup(model=MODEL, method=method))
+    assert {"adapter_weights", "gradients", "optimizer_states", "activations"} <= set(report.not_known)
+    _named(report)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_phases_end_where_the_next_begins(precision: str) -> None:
+    report = estimate(
+        Setup(model=MODEL, training=Training(precision=precision, micro_batch_size=2, seq_len=256))
+    )
+    names = [(phase.name, phase.step) for phase in report.phases]
+    assert names == [
+        ("load", None),
+        ("attach", None),
+        *[(name, step) for step in (1, 2) for name in ("forward", "backward", "optimizer_step")],
+    ]
+    assert all(phase.peak_allocated_bytes >= phase.allocated_bytes for phase in report.phases)
+    assert max(p.peak_allocated_bytes for p in report.phases) == report.peak_allocated_bytes
