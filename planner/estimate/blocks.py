@@ -6,6 +6,7 @@ Read off transformers 5.23, models/*/modeling_*.py; the family decides the order
 from __future__ import annotations
 
 from planner.estimate.attention import attention
+from planner.estimate.experts import experts
 from planner.estimate.forms import LayerForm, ModelForm, TableForm
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
@@ -134,8 +135,9 @@ def _parallel(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
 
 
 def mlp(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Tensor:
-    """down(act(gate(x)) * up(x)), or down(act(up(x)))."""
-    assert form.mlp_output is not None  # mixtures of experts have no formula yet
+    """down(act(gate(x)) * up(x)), down(act(up(x))), or a mixture of experts."""
+    if form.mlp_output is None:
+        return experts(ops, x, shape, form)
     if shape.mlp == "plain":
         inner = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
     elif shape.fused_gate_up:

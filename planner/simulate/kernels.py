@@ -1,7 +1,9 @@
 """What CUDA kernels allocate for themselves, and the libraries' workspaces; nothing of it shows on `meta`.
 
 Each function takes the operation's arguments and its output and returns the sizes in bytes of the
-blocks that are alive together, next to the output, while the kernel runs.
+blocks that are alive together, next to the output, while the kernel runs. Not modelled: what a reduction
+over several thread blocks shares (Reduce.cuh), the tile states of a scan (ScanUtils.cuh), the pointers of a
+grouped product (GroupMM.cu). Scatter, gather, nll_loss and top-k of up to 256 numbers a row take nothing.
 """
 
 from __future__ import annotations
@@ -132,15 +134,60 @@ def efficient_backward(args: Sequence[Any], out: Any) -> list[int]:
 
 
 def embedding_backward(args: Sequence[Any], out: Any) -> list[int]:
-    """Embedding.cu, embedding_dense_backward_cuda: above 3,072 indices they are sorted.
+    """Embedding.cu and EmbeddingBackwardKernel.cu: above 3,072 indices they are sorted and summed by row.
 
-    Sorted and original positions (int64) and the radix sort's double buffers live beside the gradient;
-    up to 3,072 indices the kernel needs nothing.
+    Of n indices into v rows of h numbers at most min(n, v) rows are hit; each has one partial sum for every
+    10 indices (NROWS_PER_THREAD), kept in fp32. The sort itself needs less and is over by then.
     """
-    indices = args[1].numel()
-    if indices <= 3072:
+    grad, indices, rows = args[0], args[1], args[2]
+    count = indices.numel()
+    if count <= 3072 and not args[4]:  # embedding_backward_feature_kernel adds in place
         return []
-    return [indices * args[1].element_size()] * 4
+    width = indices.element_size()
+    hit = min(count, rows)
+    partial = count // 10 + hit
+    partial_sum_bytes = max(4, grad.element_size()) * grad.shape[-1]
+    by_index = [count * width] * (4 if args[4] else 3)  # sorted, original, where a row begins; their counts
+    return [*by_index, 8, hit * width, hit * width, 8, partial * width, partial * partial_sum_bytes]
+
+
+def index_put(args: Sequence[Any], out: Any) -> list[int]:
+    """Indexing.cu, index_put_with_sort_kernel: adding at n places sorts the places first.
+
+    The places as one number each, sorted, in their original order and counted up (int64), the sort's own
+    block, and `values` where it is not contiguous. Without `accumulate` nothing is sorted.
+    """
+    accumulates = len(args) > 3 and args[3]
+    shapes = [index.shape for index in args[1] if index is not None]
+    if not accumulates or not shapes:
+        return []
+    count = math.prod(torch.broadcast_shapes(*shapes))
+    values = args[2]
+    copied = [] if values.is_contiguous() else [values.numel() * values.element_size()]
+    return [*copied, *[count * 8] * 4, radix_sort_bytes(count, 8)]
+
+
+def sort(args: Sequence[Any], out: Any) -> list[int]:
+    """Sort.cpp and SortStable.cu: up to 4,096 numbers are sorted in place; a longer row takes more.
+
+    For the one row that is sorted here: its places (int64) and the sort's own block.
+    """
+    given = args[0]
+    if not given.dim() or given.shape[-1] <= 4096 or given.numel() != given.shape[-1]:
+        return []
+    return [given.numel() * 8, radix_sort_bytes(given.numel(), given.element_size())]
+
+
+def radix_sort_bytes(count: int, key_bytes: int) -> int:
+    """cub's DeviceRadixSort of `count` keys with 8-byte values (dispatch_radix_sort.cuh, onesweep).
+
+    A second pair of arrays, 256 counters for each byte of the key, and 256 for each tile of 3,840 (the
+    tuning of capability 8.0); one tile alone needs next to nothing.
+    """
+    if count <= 2304:
+        return 1
+    tiles = -(-count // 3840)
+    return count * (key_bytes + 8) + 256 * 4 * (key_bytes + tiles) + 4 * key_bytes
 
 
 SCRATCH: dict[Any, Callable[[Sequence[Any], Any], list[int]]] = {
@@ -148,4 +195,9 @@ SCRATCH: dict[Any, Callable[[Sequence[Any], Any], list[int]]] = {
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     aten.embedding_dense_backward.default: embedding_backward,
+    aten.index_put_.default: index_put,
+    aten.index_put.default: index_put,
+    aten._index_put_impl_.default: index_put,
+    aten.sort.default: sort,
+    aten.sort.stable: sort,
 }
