@@ -15,6 +15,7 @@ from planner.dashboard.runs import (
     Run,
     published_run,
     recorded_run,
+    reserved_spread,
     runs_csv,
     runs_json,
     signed_percent,
@@ -76,12 +77,16 @@ def _everything() -> dict[str, list[Run]]:
         if shelf.unreadable:
             lines = "; ".join(public_line(str(line)) for line in shelf.unreadable[:_MOST_SKIPPED])
             st.warning(
-                f"{len(shelf.unreadable)} lines are no records and were skipped: {plain(lines)}.",
+                f"Skipped, as they are no records: {plain(lines)}{_more(len(shelf.unreadable))}.",
                 icon=":material/report:",
             )
     found["published"] = [published_run(run) for run in published_runs()]
     found["uploaded"] += [recorded_run(record) for record in recorded.uploads()]
     return found
+
+
+def _more(count: int) -> str:
+    return f", and {count - _MOST_SKIPPED} more" if count > _MOST_SKIPPED else ""
 
 
 def _chosen_source(everything: dict[str, list[Run]]) -> str:
@@ -120,7 +125,9 @@ def _words(whose: str, runs: Sequence[Run]) -> None:
     full = sum(run.full_device for run in runs)
     line = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} on {devices}." if runs else "No run."
     if full:
-        line += f" {full} of them ended out of memory, which is right or wrong but has no peak to compare."
+        line += (
+            f" {full} of them ended out of memory and {'has' if full == 1 else 'have'} no peak to compare."
+        )
     label, icon, colour = recorded.BADGES[{"ours": "packaged"}.get(whose, whose)]
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.badge(label, icon=icon, color=colour)  # type: ignore[arg-type]
@@ -133,21 +140,23 @@ def _words(whose: str, runs: Sequence[Run]) -> None:
 
 
 def _cards(runs: Sequence[Run]) -> None:
-    """A row of four for each prediction that these runs have."""
-    for name, title in PREDICTIONS.items():
-        found = spread(runs, name)
-        if not found.runs or (name == "estimate" and _same_as_now(runs)):
-            continue
-        st.markdown(f"**{title}**")
-        with st.container(horizontal=True, gap="small"):
-            st.metric("Runs", f"{found.runs:,}", border=True, height="stretch")
-            st.metric("Median error", _median(found.median), border=True, height="stretch")
-            st.metric("Worst above", _edge(found.over), border=True, height="stretch")
-            st.metric("Worst below", _edge(found.under), border=True, height="stretch")
-
-
-def _same_as_now(runs: Sequence[Run]) -> bool:
-    return all(run.error("estimate") == run.error("estimate_now") for run in runs)
+    """Four cards for this version's formula; where others were made, all of them as a table."""
+    found = spread(runs, "estimate_now")
+    with st.container(horizontal=True, gap="small"):
+        st.metric("Runs", f"{found.runs:,}", border=True, height="stretch")
+        st.metric("Median error", _median(found.median), border=True, height="stretch")
+        st.metric("Worst above", _edge(found.over), border=True, height="stretch")
+        st.metric("Worst below", _edge(found.under), border=True, height="stretch")
+    made = [(title, spread(runs, name)) for name, title in PREDICTIONS.items()]
+    made.append(("Reserved memory: simulation, when it was measured", reserved_spread(runs)))
+    lines = [
+        [title, f"{one.runs:,}", _median(one.median), _edge(one.over), _edge(one.under)]
+        for title, one in made
+        if one.runs
+    ]
+    if len(lines) > 1:
+        head = ["Prediction", "Runs", "Median error", "Worst above", "Worst below"]
+        st.html(html_table(head, lines, alt="Errors of each prediction"))
 
 
 def _groups(runs: Sequence[Run]) -> None:
@@ -243,7 +252,9 @@ def _size(run: Run, prediction: str) -> str:
 
 
 def _error(share: float | None) -> str:
-    return "\N{EN DASH}" if share is None else signed_percent(share)
+    if share is None:
+        return "\N{EN DASH}"
+    return signed_percent(share) if share else "equal"
 
 
 def _edge(share: float | None) -> str:

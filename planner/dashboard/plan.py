@@ -5,7 +5,8 @@ from __future__ import annotations
 import streamlit as st
 
 from planner.advise import largest_micro_batch
-from planner.dashboard import figures, simulating, state, tables
+from planner.compare import full_of
+from planner.dashboard import figures, recorded, simulating, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
@@ -26,7 +27,8 @@ def page() -> None:
     st.title("Does it fit?", anchor=False)
     for line in state.link_warnings():
         st.warning(f"The link: {plain(line)} The default is used.", icon=":material/link_off:")
-    shown = answer(setup, simulating.simulated_reports(setup))
+    beside = dict.fromkeys((setup, full_of(setup)))
+    shown = answer(setup, [*simulating.simulated_reports(setup), *recorded.measured_reports(*beside)])
     if problem:
         _problem(problem, shown)
     _verdict(shown)

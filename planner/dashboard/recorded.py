@@ -9,6 +9,7 @@ import streamlit as st
 
 from planner.accuracy import Nearest, nearest_record
 from planner.dashboard.uploads import Upload, uploaded
+from planner.errors import PlannerError
 from planner.measure.records import PACKAGED, Shelf, records_dir, shelf
 from planner.record import Record
 from planner.report import MemoryReport
@@ -19,7 +20,7 @@ __all__ = [
     "accept",
     "forget_uploads",
     "measured_here",
-    "measured_report",
+    "measured_reports",
     "nearest_run",
     "recorded",
     "remember_live",
@@ -76,10 +77,14 @@ def nearest_run(setup: Setup) -> Nearest | None:
     return nearest_record(setup, (*recorded().records, *uploads()))
 
 
-def measured_report(setup: Setup) -> MemoryReport | None:
-    """What was measured of exactly this setup, by a record of ours; None where nothing was, or it ran out."""
-    found = nearest_record(setup, _comparable(recorded().records))
-    return found.record.report if found is not None and found.exact else None
+def measured_reports(*setups: Setup) -> tuple[MemoryReport, ...]:
+    """What our own records say of exactly these setups; runs that ended out of memory have no peak."""
+    try:
+        records = _comparable(recorded().records)
+    except PlannerError:
+        return ()  # the pages Measure and Accuracy say what is wrong
+    found = (nearest_record(setup, records) for setup in setups)
+    return tuple(one.record.report for one in found if one is not None and one.exact)
 
 
 def _comparable(records: Iterable[Record]) -> list[Record]:

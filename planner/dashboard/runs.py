@@ -27,6 +27,7 @@ __all__ = [
     "Spread",
     "published_run",
     "recorded_run",
+    "reserved_spread",
     "runs_csv",
     "runs_json",
     "signed_percent",
@@ -95,7 +96,20 @@ class Spread:
 
 def spread(runs: Iterable[Run], prediction: str) -> Spread:
     """The errors of one prediction over runs that have it."""
-    errors = [error for run in runs if (error := run.error(prediction)) is not None]
+    return _spread(run.error(prediction) for run in runs)
+
+
+def reserved_spread(runs: Iterable[Run]) -> Spread:
+    """The same for the peak of reserved memory, which only the simulation predicts."""
+    return _spread(
+        share_error(run.reserved_simulated_bytes, run.measured_reserved_bytes)
+        for run in runs
+        if run.reserved_simulated_bytes and run.measured_reserved_bytes and not run.full_device
+    )
+
+
+def _spread(shares: Iterable[float | None]) -> Spread:
+    errors = [share for share in shares if share is not None]
     return Spread(
         runs=len(errors),
         median=statistics.median(abs(error) for error in errors) if errors else None,
