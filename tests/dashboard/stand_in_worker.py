@@ -1,4 +1,4 @@
-"""A stand-in for `planner.simulate.worker` that imports no torch: what it does depends on the sequence length.
+"""Stands in for `planner.simulate.worker` without torch: what it does depends on the sequence length.
 
 101: ends with exit code 3; 102: is killed; 103: hangs after one phase; 104: refuses; 105: talks nonsense
 first; 106: ends as if it had been idle; else a report whose parts are the estimate's.

@@ -86,7 +86,12 @@ def test_a_gpu_of_the_same_capability_needs_no_second_run(queue) -> None:
 def test_only_the_latest_results_are_kept(queue) -> None:
     for seq_len in (8, 16, 24, 32):
         end_of(queue, SETUP.replace(seq_len=seq_len))
-    assert [queue.of(SETUP.replace(seq_len=n)) is not None for n in (8, 16, 24, 32)] == [False, True, True, True]
+    assert [queue.of(SETUP.replace(seq_len=n)) is not None for n in (8, 16, 24, 32)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
