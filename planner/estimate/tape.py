@@ -214,7 +214,8 @@ class Tape:
         recomputed.
 
         Storages of `outside` (the stretch's input) are not counted. `accumulates`: weights have
-        gradients already, so that new ones live only until they are added.
+        gradients already, so that new ones live only until they are added. A new one counts as a
+        temporary until its node is done.
         """
         users = dict(keepers)
         users.pop(outside, None)  # type: ignore[arg-type]
@@ -239,13 +240,12 @@ class Tape:
                     else:
                         live += tensor.size_bytes
                         made.append((tensor, _Gradient(tensor.size_bytes)))
-            weights += node.weight_bytes
-            total = kept + live + weights + node.scratch_bytes
-            if total > best_total:
-                best_total = total
-                best = Moment(kept, live + node.scratch_bytes, weights)
-            if accumulates:
-                weights -= node.weight_bytes
+            new_bytes = live + node.scratch_bytes + node.weight_bytes
+            if kept + new_bytes + weights > best_total:
+                best_total = kept + new_bytes + weights
+                best = Moment(kept, new_bytes, weights)
+            if not accumulates:
+                weights += node.weight_bytes
             for tensor, new in made:
                 old = gradients.get(tensor)
                 if old is None:

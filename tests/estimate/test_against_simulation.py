@@ -47,6 +47,8 @@ STARCODER2 = "bigcode/starcoder2-3b"
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 BERT = "google-bert/bert-large-uncased"
 ROBERTA = "FacebookAI/roberta-large"
+MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
+QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
 
 Case = tuple[str, Method, dict[str, Any]]
@@ -116,6 +118,15 @@ CASES: list[Case] = [
         for method in (FULL, LORA)
     ],
     (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 8192, "optimizer": "sgd"}),
+    # mixtures of experts
+    *[
+        (model, method, {"micro_batch_size": 4, "seq_len": 1024, "optimizer": "sgd"})
+        for model in (MIXTRAL, QWEN3_MOE)
+        for method in (FULL, LORA, PFEIFFER)
+    ],
+    (MIXTRAL, LORA, {"micro_batch_size": 8, "seq_len": 2048, "activation_checkpointing": True}),
+    (QWEN3_MOE, LORA, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True}),
+    (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 128}),
 ]
 
 

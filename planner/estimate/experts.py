@@ -1,0 +1,88 @@
+"""A mixture of experts as transformers 5 runs it: grouped products over tokens sorted by expert.
+
+Letters: T tokens, `h` hidden, `f` an expert's inner width, `e` experts, `p` experts for each token,
+S = T p token-expert pairs. Source: transformers 5.23, integrations/moe.py, `grouped_mm_experts_forward`,
+and each model's router.
+"""
+
+from __future__ import annotations
+
+from planner.estimate.forms import LayerForm
+from planner.estimate.operations import Operations
+from planner.estimate.resident import block_bytes
+from planner.estimate.tape import Tensor
+from planner.model import Architecture
+
+__all__ = ["experts"]
+
+_INDEX_BYTES = 8  # int64
+
+
+def experts(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Tensor:
+    """The weighted sum of p experts for each token, x being [T, h].
+
+    Keeps the weights of all experts' scores, the sorted tokens [S, h] where experts are trained, gate
+    and up [S, 2 f], the activation [S, f], their product [S, f] where experts are trained, the experts'
+    answers [S, h], and the orders of the sort.
+    """
+    h, p = shape.hidden_size, shape.experts_per_token
+    tokens = x.numel // h
+    pairs = tokens * p
+    gate_up, down = form.experts
+    scores = _router(ops, x, shape, form)
+    order = Tensor(pairs, _INDEX_BYTES, False)
+    base = ops.recipe.base
+    trained = form.experts_trained
+    sorted_scores = ops.op((scores,), pairs, scores.element, (order,))
+    chosen = ops.op((x,), pairs * h, x.element, (Tensor(pairs, _INDEX_BYTES, False),))
+    both = _grouped(ops, chosen, gate_up, base, trained=trained)
+    gate, up = ops.split(both, (both.numel // 2, both.numel // 2))
+    inner = ops.product(ops.activation(gate, shape.activation), up)
+    answers = _grouped(ops, inner, down, base, trained=trained)
+    weighted = _weighted(ops, answers, sorted_scores)
+    restored = ops.op((weighted,), pairs * h, weighted.element, (Tensor(pairs, _INDEX_BYTES, False),))
+    total = ops.cast(ops.op((restored,), x.numel, restored.element), x.element)
+    ops.hold(x, chosen, both, weighted)
+    return ops.bottleneck(total, h, form.bottleneck) if form.bottleneck else total
+
+
+def _grouped(ops: Operations, x: Tensor, weight: tuple[int, ...], element: int, *, trained: bool) -> Tensor:
+    """x [S, in] by the weights [e, out, in] of the experts; x is kept where they are trained."""
+    count, first, second = weight
+    outputs = first if x.numel % second == 0 and x.numel // second * second == x.numel else second
+    inputs = second if outputs == first else first
+    return ops.op(
+        (x,),
+        x.numel // inputs * outputs,
+        x.element,
+        (x,) if trained else (),
+        weight_bytes=block_bytes(count * first * second * element) if trained else 0,
+        reads_weight=x.needs_grad,
+    )
+
+
+def _weighted(ops: Operations, answers: Tensor, scores: Tensor) -> Tensor:
+    """Each answer by its score: both are kept, the scores' gradient is summed from a product as large."""
+    element = max(answers.element, scores.element)
+    kept = tuple([t for t, other in ((answers, scores), (scores, answers)) if other.needs_grad])
+    scratch = block_bytes(answers.numel * element) if scores.needs_grad else 0
+    return ops.op((answers, scores), answers.numel, element, kept, scratch_bytes=scratch)
+
+
+def _router(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Tensor:
+    """Scores of the p best experts of each token [T, p], from a softmax over all e in fp32 (kept)."""
+    h, e, p = shape.hidden_size, shape.num_experts, shape.experts_per_token
+    tokens = x.numel // h
+    weight = block_bytes(e * h * ops.recipe.base) if form.router_trained else 0
+    logits = ops.op(
+        (x,),
+        tokens * e,
+        x.element,
+        (x,) if weight else (),
+        weight_bytes=weight,
+        reads_weight=x.needs_grad,
+    )
+    shares = ops.op((ops.cast(logits, 4),), tokens * e, 4, keeps_output=True)
+    best = ops.op((shares,), tokens * p, 4, (Tensor(tokens * p, _INDEX_BYTES, False),))
+    normalized = ops.op((best,), tokens * p, 4, keeps_output=True)
+    return normalized if shape.family == "mixtral" else ops.cast(normalized, logits.element)
