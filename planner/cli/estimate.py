@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from planner.cli.flags import add_setup_flags, setup_from
+from planner.cli.plain import report_text
 from planner.cli.reply import Reply
 from planner.estimate import estimate
 from planner.report import MemoryReport
@@ -37,9 +38,12 @@ def report_reply(setup: Setup, report: MemoryReport) -> Reply:
     found = verdict(report, setup.gpu) if setup.gpu else None
 
     def show(console: Console) -> None:
-        from planner.cli.tables import show_report
-
-        show_report(console, report, found)
+        try:
+            from planner.cli.tables import show_report
+        except ModuleNotFoundError:  # without rich
+            console.print(report_text(report))
+        else:
+            show_report(console, report, found)
 
     extra = {"verdict": found.to_dict()} if found else {}
     return Reply(answer={**report.to_dict(), **extra}, show=show)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["PlainScreen", "columns"]
+from planner.report import MemoryReport
+from planner.units import gib
+
+__all__ = ["PlainScreen", "columns", "report_text"]
 
 
 class PlainScreen:
@@ -13,6 +16,19 @@ class PlainScreen:
     def print(self, text: object = "", *, soft_wrap: bool = True) -> None:
         """One line, or several, never broken."""
         print(text)
+
+
+def report_text(report: MemoryReport) -> str:
+    """A report's parts at the peak, its peaks and its notes."""
+    rows = [
+        (name.replace("_", " ").capitalize(), "not known" if name in report.not_known else gib(size))
+        for name, size in report.parts.to_dict().items()
+    ]
+    rows.append(("Peak allocated", gib(report.peak_allocated_bytes)))
+    if report.peak_reserved_bytes is not None:
+        rows.append(("Peak reserved", gib(report.peak_reserved_bytes)))
+    lead = f"{report.setup['model']}, method {report.setup['method']}: {report.source}."
+    return "\n".join((lead, columns(("Part", "At the peak"), rows), *report.notes))
 
 
 def columns(names: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = 1) -> str:

@@ -211,13 +211,15 @@ def _measure_alone(job: Mapping[str, Any], emit: Callable[..., None], torch: Any
     if job.get("trace"):
         readings.tracing = True
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python")
+    prepared = False
     try:
         run.prepare()
         readings.follow(run)
         _emit_parameters(emit, run)
+        prepared = True
         _take_steps(run, int(job["steps"]), emit)
     except RuntimeError as error:
-        if not hasattr(run, "trained"):
+        if not prepared:
             emit("parameters", total=sum(p.numel() for p in run.net.parameters()), trainable=0, added=0)
         if "no kernel image" in str(error):
             raise DeviceError(failure(str(error), torch)) from None

@@ -55,7 +55,8 @@ class Child:
             self._words.close()
             raise PlannerError(f"{command[0]} cannot be started ({error.strerror}).") from None
         self._lines: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def __enter__(self) -> Child:
         """The child itself."""
@@ -139,7 +140,9 @@ class Child:
     def close(self) -> None:
         """End the process and forget it; safe to call twice."""
         self.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._words):
+        self._listener.join(timeout=_POLL_SECONDS)
+        heard = None if self._listener.is_alive() else self._process.stdout  # closing would wait for it
+        for stream in (self._process.stdin, heard, self._words):
             if stream is not None:
                 with contextlib.suppress(OSError, ValueError):
                     stream.close()

@@ -96,6 +96,8 @@ class CudaReadings:
             known={} if failed and name == "load" else self._known(name, allocated),
         )
         self._mark(f"end {name} {step or ''}")
+        if name == "load" and not failed:
+            torch.cuda.empty_cache()  # what random initialization left behind; a checkpoint leaves nothing
 
     def _known(self, name: str, allocated: int) -> dict[str, int]:
         """The parts known exactly at this phase's peak."""

@@ -116,7 +116,7 @@ def run_matrix(
 @contextmanager
 def _children(python: str | None, *, cpu_only: bool) -> Iterator[Callable[[], Child]]:
     """A function that gives a fresh process, imported and idle, and ends the one before."""
-    ahead = 1 if cpu_only else max(1, min(3, (os.cpu_count() or 1) // 4))
+    ahead = 1 if cpu_only else max(1, min(5, (os.cpu_count() or 1) // 3))
     waiting: deque[Child] = deque()
     used: list[Child] = []
 

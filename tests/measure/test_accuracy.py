@@ -82,7 +82,8 @@ def test_the_table_of_errors() -> None:
 
 def test_this_version_s_predictions_stand_beside_the_stored_ones() -> None:
     record = made_record(estimate=1.1)
-    rows = error_table([record], {"estimate": lambda r: r.estimate.report, "estimate_now": lambda r: r.report})
+    predictions = {"estimate": lambda r: r.estimate.report, "estimate_now": lambda r: r.report}
+    rows = error_table([record], predictions)
     errors = {row.prediction: row.median for row in rows if row.group == "all" and "alloc" in row.quantity}
     assert errors == {"estimate": pytest.approx(0.1), "estimate_now": 0.0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,8 +12,13 @@ from typing import Any
 
 import pytest
 
+from planner import estimate, simulate
+from planner.measure.answer import readings
 from planner.measure.records import append, append_line, read
-from tests.measure.made_up import made_record
+from planner.measure.trace import SCHEMA
+from planner.record import Prediction, Record
+from planner.report import OutOfMemory
+from tests.measure.made_up import DEVICE, SETUP, VERSIONS, made_record, stream
 
 ROOT = Path(__file__).parents[2]
 RUN = ("--model", "EleutherAI/pythia-70m", "--method", "lora", "--seq-len", "16")
@@ -104,7 +110,7 @@ def test_a_matrix_is_rehearsed_within_its_budget_and_resumed(tmp_path: Path) -> 
         (("records", "--set", "mine"), "--set must be one of"),
     ],
 )
-def test_a_wrong_command_is_one_line_and_exit_code_2(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
+def test_a_wrong_command_is_one_line(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
     done = run(tmp_path, *words, code=2)
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
@@ -192,15 +198,82 @@ def test_text_needs_no_rich(folder: Path) -> None:
     (blocker / "rich.py").write_text("raise ModuleNotFoundError('no rich', name='rich')")
     done = run(folder, "records", "--accuracy", PYTHONPATH=str(blocker))
     assert "Worst over" in done.stdout
+    done = run(folder, "estimate", *RUN, PYTHONPATH=str(blocker))
+    assert "Peak allocated" in done.stdout
 
 
 def test_a_trace_is_aligned(tmp_path: Path) -> None:
-    from planner.measure.trace import SCHEMA
-    from tests.measure.made_up import DEVICE, SETUP, VERSIONS
-
     head = {"schema": SCHEMA, "setup": SETUP.to_dict(), "device": DEVICE.to_dict(), "versions": VERSIONS}
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({**head, "phases": ["", "load"], "events": [[1, 1, 77, 1, "x.py:1 f"]]}))
     found = answer(tmp_path, "records", "--align", str(path))
     assert found["first_other_size"]["number"] == 0
     assert "real 77 bytes in load (x.py:1 f)" in found["sentence"]
+
+
+# --- what is shown of a measured run, made up ------------------------------------------------------------
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], record: Record, *words: str
+) -> str:
+    """What `planner measure` prints for this record, in this process."""
+    from planner.cli import main
+    from planner.measure import single
+
+    monkeypatch.setattr(single, "record_of", lambda _setup, **_options: record)
+    assert main(["measure", *RUN, *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_measured_run_is_recorded_and_shown_beside_both_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLANNER_RECORDS_DIR", str(tmp_path))
+    record = made_record(simulation=1.001, estimate=1.04)
+    text = shown(monkeypatch, capsys, record)
+    for part in ("Imaginary GPU", "(by subtraction)", "+4.0 %", "+0.100 %", "is what remains", "Recorded in"):
+        assert part in text
+    found = json.loads(shown(monkeypatch, capsys, record, "--json", "--no-record"))
+    assert found["source"] == "measurement"
+    assert found["record"] is None
+    assert found["comparison"]["peak_allocated"]["estimate_error"] == pytest.approx(0.04)
+    assert found["simulation"]["source"] == "simulation"
+    assert len(read([tmp_path / "records.jsonl"]).records) == 1
+
+
+def test_out_of_memory_is_shown_as_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLANNER_RECORDS_DIR", str(tmp_path))
+    record = made_record()
+    failure = OutOfMemory(phase="forward", requested_bytes=3 << 30, free_bytes=1 << 30)
+    full = dataclasses.replace(
+        record,
+        report=dataclasses.replace(record.report, out_of_memory=failure),
+        simulation=Prediction(reason="it cannot be traced."),
+    )
+    text = shown(monkeypatch, capsys, full)
+    assert "Out of memory in forward: 3.0 GiB asked for, 1.0 GiB free." in text
+    assert "No simulation: it cannot be traced." in text
+    assert "out of memory" in run(tmp_path, "records", "--filter", "device=imaginary").stdout
+
+
+def test_the_simulation_of_a_record_is_made_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's own event starts it, for that device."""
+    from planner.measure import single
+
+    def measured(_child: Any, _setup: Any, _limit: float, *, on_event: Any, **_options: Any) -> Any:
+        for event in stream():
+            on_event(event)
+        return readings(stream())
+
+    monkeypatch.setattr(single, "measured", measured)
+    record = single.record_of(SETUP, python=sys.executable)
+    assert record.simulation.report is not None
+    expected = simulate(SETUP, gpu=DEVICE.gpu)
+    assert record.simulation.report.parts == expected.parts
+    assert record.estimate.report == estimate(SETUP)
+    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == dataclasses.replace(
+        record, simulation=Prediction(report=dataclasses.replace(record.simulation.report, timeline=()))
+    )

@@ -36,8 +36,8 @@ def test_the_matrix_is_wide_enough(matrix: Matrix) -> None:
     assert matrix.name == "matrix"
     assert len(setups) >= 150
     assert {family(setup.to_dict()) for setup in setups} >= {
-        "gpt2", "gpt_neox", "opt", "bloom", "qwen2", "qwen3", "llama", "gemma2", "gemma3_text", "phi3", "mistral",
-        "bert",
+        "bert", "bloom", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3",
+        "qwen2", "qwen3",
     }
     assert {setup.method.name for setup in setups} >= {"full", "lora", "adapter", "bitfit"}
     training = [setup.training for setup in setups]
@@ -116,11 +116,8 @@ class FakeDevice:
         monkeypatch.setattr(runner, "_children", self._children)
         monkeypatch.setattr(runner, "simulations", self._simulations)
         monkeypatch.setattr(runner, "measured", self._measured)
-        monkeypatch.setattr(
-            runner,
-            "device_event",
-            lambda _child, _limit: {**DEVICE.to_dict(), "others_bytes": 100 * MIB, "context_bytes": 400 * MIB},
-        )
+        found = {**DEVICE.to_dict(), "others_bytes": 100 * MIB, "context_bytes": 400 * MIB}
+        monkeypatch.setattr(runner, "device_event", lambda _child, _limit: found)
 
     @contextlib.contextmanager
     def _children(self, _python: Any, *, cpu_only: bool) -> Iterator[Callable[[], None]]:

@@ -128,6 +128,20 @@ def test_the_process_ends_with_its_parent() -> None:
     assert gone(pid)
 
 
+def test_a_job_that_says_nothing_ends_with_standard_input() -> None:
+    code = (
+        "import sys, time\nfrom planner.measure import child\n"
+        "child._import_libraries = lambda: None\n"
+        "child._serve = lambda *_: time.sleep(60)\n"
+        "sys.exit(child.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input='{"job": "measure", "setup": {}}\n', capture_output=True, text=True,
+        timeout=50, check=False, cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 4
+
+
 # --- a stand-in for the process, to lose it in every way without waiting for torch ----------------------
 
 

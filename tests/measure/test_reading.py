@@ -18,7 +18,7 @@ class Allocator:
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
         self.current = self.peak = 0
-        self.resets = self.snapshots = 0
+        self.resets = self.snapshots = self.emptied = 0
 
     def take(self, address: int, size: int) -> None:
         self.blocks[address] = size
@@ -45,6 +45,9 @@ class Allocator:
 
     def synchronize(self) -> None:
         pass
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
 
 
 class Tensor(torch.Tensor):
@@ -82,6 +85,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     allocator = Allocator()
     for name in (
         "memory_stats_as_nested_dict", "reset_peak_memory_stats", "memory_snapshot", "synchronize",
+        "empty_cache",
     ):
         monkeypatch.setattr(module.torch.cuda, name, getattr(allocator, name))
     return allocator
@@ -137,7 +141,7 @@ def test_every_phase_is_reset_and_read(device: Allocator) -> None:
     run = Run(device)
     run.prepare()
     load, attach = run.events
-    assert device.resets == 2
+    assert (device.resets, device.emptied) == (2, 1)
     assert (load["allocated_bytes"], load["peak_allocated_bytes"]) == (4000, 4300)
     assert (attach["allocated_bytes"], attach["peak_allocated_bytes"]) == (4500, 4500)
     assert (load["reserved_bytes"], load["peak_reserved_bytes"], load["retries"]) == (1000, 2000, 3)
@@ -184,6 +188,20 @@ def test_gradients_of_earlier_micro_batches_count(device: Allocator) -> None:
     assert [event["known"].get("gradients") for event in run.events[2:]] == [0, 128, 128]
 
 
+def test_a_peak_at_the_very_beginning_has_the_gradients_of_that_moment(device: Allocator) -> None:
+    run = Run(device)
+    run.prepare()
+    with run.readings("backward", 1):
+        device.take(20, 128)
+        run.trained[0].accumulate(20)
+    device.take(50, 5000)
+    with run.readings("backward", 1):
+        device.give(50)
+        device.take(21, 256)
+        run.trained[1].accumulate(21)
+    assert run.events[-1]["known"]["gradients"] == 128
+
+
 def test_a_peak_between_two_phases_is_not_lost(device: Allocator) -> None:
     run = Run(device)
     run.prepare()
@@ -195,9 +213,14 @@ def test_a_peak_between_two_phases_is_not_lost(device: Allocator) -> None:
 
 def test_a_phase_that_fails_is_read_all_the_same(device: Allocator) -> None:
     run = Run(device)
-    with pytest.raises(RuntimeError, match="out of memory"), run.readings("load", None):
-        device.take(1, 4000)
-        raise RuntimeError("out of memory")
+
+    def fail() -> None:
+        with run.readings("load", None):
+            device.take(1, 4000)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
     (load,) = run.events
     assert (load["failed"], load["peak_allocated_bytes"], load["known"]) == (True, 4000, {})
 
