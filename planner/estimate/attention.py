@@ -186,7 +186,8 @@ def _eager(
             for t, contiguous in ((q, cats), (k, cats or plan.repeated), (v, plan.repeated))
         )
     scores = ops.op((q, k), n, element, (q, k))
-    scores = ops.scaled(scores)
+    if ops.traits.scaled_scores:
+        scores = ops.scaled(scores)
     if shape.attention_softcap is not None:
         inner = ops.scaled(scores)
         scores = ops.scaled(ops.op((inner,), n, element, keeps_output=True))

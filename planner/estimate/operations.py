@@ -193,6 +193,9 @@ class Operations(Tape):
         `gelu_new` is written out and keeps x, x / 2, tanh and 1 + tanh, four times [T, f]; its power is
         fp32 under autocast, and so is what follows. relu keeps its output.
         """
+        if self.traits.gelu_by_hand:  # models/bloom/modeling_bloom.py, bloom_gelu_forward and bloom_gelu_back
+            size = x.size_bytes
+            return self.op((x,), x.numel, x.element, (x,), scratch_bytes=4 * size, work_bytes=2 * size)
         if name == "relu":
             return self.op((x,), x.numel, x.element, keeps_output=True)
         if name != "gelu_new":

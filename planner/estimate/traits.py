@@ -23,6 +23,8 @@ class Traits:
     rope_skips_every: int = 0  # every so-many-th layer has no rotary positions
     fused_qkv: Literal["split", "slices"] = "split"
     scaled_queries: bool = False  # q is multiplied by a number before the kernel
+    scaled_scores: bool = True  # eager scores are multiplied by a number after the product
+    gelu_by_hand: bool = False  # an autograd function of the model's own that keeps its input alone
     softmax_in_own_type: bool = False  # the eager softmax does not ask for fp32
     scaled_residual: bool = False  # what is added to the residual stream is multiplied first
     dropout_after_attention: bool = True
@@ -37,6 +39,7 @@ _GEMMA = Traits(rms_weight_in_fp32=True)
 
 TRAITS: dict[str, Traits] = {
     "bert": _BERT,
+    "bloom": Traits(fused_qkv="slices", normed_embeddings=True, scaled_scores=False, gelu_by_hand=True),
     "distilbert": Traits(
         softmax_in_own_type=True,
         normed_embeddings=True,

@@ -39,6 +39,7 @@ NEOX = "EleutherAI/pythia-410m"
 GPT2 = "openai-community/gpt2-medium"
 OPT = "facebook/opt-125m"
 OPT_POST = "facebook/opt-350m"
+BLOOM = "bigscience/bloom-560m"
 OLMO = "allenai/OLMo-1B-hf"
 OLMO2 = "allenai/OLMo-2-0425-1B"
 GRANITE = "ibm-granite/granite-3.1-2b-instruct"
@@ -89,6 +90,8 @@ CASES: list[Case] = [
     ],
     (GEMMA2, FULL, {"micro_batch_size": 2, "seq_len": 1024, "optimizer": "sgd"}),
     (GEMMA2, LORA, {"micro_batch_size": 2, "seq_len": 1024}),
+    (BLOOM, FULL, {"micro_batch_size": 1, "seq_len": 512, "optimizer": "adamw-fused"}),
+    (BLOOM, ALL_LINEAR, {"micro_batch_size": 2, "seq_len": 1024, "precision": "bf16-mixed"}),
     (PHI3, ALL_LINEAR, {"micro_batch_size": 1, "seq_len": 1024, "attention": "eager"}),
     (GEMMA3, LORA, {"micro_batch_size": 1, "seq_len": 2048}),
     (MISTRAL, LORA, {"micro_batch_size": 1, "seq_len": 6144}),
