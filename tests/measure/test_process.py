@@ -136,8 +136,8 @@ def test_a_job_that_says_nothing_ends_with_standard_input() -> None:
         "sys.exit(child.main())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], input='{"job": "measure", "setup": {}}\n', capture_output=True, text=True,
-        timeout=50, check=False, cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", code], input='{"job": "measure", "setup": {}}\n', capture_output=True,
+        text=True, timeout=50, check=False, cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 4
 
