@@ -18,8 +18,10 @@ __all__ = [
     "Unreadable",
     "append",
     "append_line",
+    "keep_upload",
     "merge",
     "own_file",
+    "parsed",
     "read",
     "records_dir",
     "shelf",
@@ -67,10 +69,10 @@ def own_file() -> Path:
 
 def shelf() -> Shelf:
     """Every record there is: packaged, the user's own, uploaded."""
-    found = [_files(PACKAGED, "packaged"), _files(records_dir(), "own")]
-    found.append(_files(records_dir() / "uploads", "uploaded"))
-    records = tuple(record for part in found for record in part.records)
-    return Shelf(records=records, unreadable=tuple(line for part in found for line in part.unreadable))
+    own = records_dir()
+    return _joined(
+        (_files(PACKAGED, "packaged"), _files(own, "own"), _files(own / "uploads", "uploaded"))
+    )
 
 
 def _files(folder: Path, origin: Origin) -> Shelf:
@@ -85,28 +87,46 @@ def read(paths: Iterable[Path], *, origin: Origin = "other") -> Shelf:
     """The records of these files; a line that is none is named and skipped. Raises PlannerError for a file
     that cannot be opened.
     """
+    found = [parsed(_content(path), name=str(path), origin=origin) for path in paths]
+    return _joined(found)
+
+
+def parsed(content: bytes, *, name: str, origin: Origin = "other") -> Shelf:
+    """The records of a file's content; `name` names it in the lines that are none."""
     records: list[Record] = []
     unreadable: list[Unreadable] = []
-    for path in paths:
-        for number, line in enumerate(_lines(path), 1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                if len(line) > LONGEST_LINE_BYTES:
-                    raise PlannerError(f"longer than {LONGEST_LINE_BYTES >> 20} MiB")
-                parsed = json.loads(line.decode("utf-8"))
-                records.append(Record.from_dict(parsed, origin=origin, place=place))
-            except PlannerError as error:
-                unreadable.append(Unreadable(place=place, reason=str(error).rstrip(".")))
-            except (ValueError, RecursionError):
-                unreadable.append(Unreadable(place=place, reason="not a line of JSON"))
+    for number, line in enumerate(content.split(b"\n"), 1):
+        place = f"{name}:{number}"
+        if not line.strip():
+            continue
+        try:
+            if len(line) > LONGEST_LINE_BYTES:
+                raise PlannerError(f"longer than {LONGEST_LINE_BYTES >> 20} MiB")
+            values = json.loads(line.decode("utf-8"))
+            records.append(Record.from_dict(values, origin=origin, place=place))
+        except PlannerError as error:
+            unreadable.append(Unreadable(place=place, reason=str(error).rstrip(".")))
+        except (ValueError, RecursionError):
+            unreadable.append(Unreadable(place=place, reason="not a line of JSON"))
     return Shelf(records=tuple(records), unreadable=tuple(unreadable))
 
 
-def _lines(path: Path) -> list[bytes]:
+def keep_upload(content: bytes, name: str) -> tuple[int, Shelf]:
+    """Keep the records of an uploaded file apart from the user's own; how many were new, what was read."""
+    found = parsed(content, name=name, origin="uploaded")
+    return _add(found, records_dir() / "uploads" / "records.jsonl"), found
+
+
+def _joined(shelves: Sequence[Shelf]) -> Shelf:
+    return Shelf(
+        records=tuple(record for part in shelves for record in part.records),
+        unreadable=tuple(line for part in shelves for line in part.unreadable),
+    )
+
+
+def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes().split(b"\n")
+        return path.read_bytes()
     except OSError as error:
         raise PlannerError(f"{path} cannot be read ({error.strerror}); name a file of records.") from None
 
@@ -153,6 +173,11 @@ def append_line(line: str, path: Path) -> None:
 def merge(sources: Sequence[Path], into: Path) -> tuple[int, Shelf]:
     """Append the records of `sources` that `into` does not have yet; how many were new, and what was read."""
     found = read(sources)
+    return _add(found, into), found
+
+
+def _add(found: Shelf, into: Path) -> int:
+    """Append those that are new."""
     present = read([into]).records if into.exists() else ()
     known = {json.dumps(record.to_dict(), sort_keys=True) for record in present}
     added = 0
@@ -162,7 +187,7 @@ def merge(sources: Sequence[Path], into: Path) -> tuple[int, Shelf]:
             known.add(text)
             append(record, into)
             added += 1
-    return added, found
+    return added
 
 
 def _write(handle: int, data: bytes) -> None:

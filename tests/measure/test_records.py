@@ -15,7 +15,16 @@ import pytest
 
 from planner.errors import PlannerError
 from planner.measure import records as store
-from planner.measure.records import append, append_line, merge, own_file, read, records_dir, shelf
+from planner.measure.records import (
+    append,
+    append_line,
+    keep_upload,
+    merge,
+    own_file,
+    read,
+    records_dir,
+    shelf,
+)
 from planner.record import Record
 from tests.measure.made_up import made_record
 
@@ -205,6 +214,18 @@ def test_merging_adds_what_is_new_and_once(tmp_path: Path) -> None:
     assert (added, len(found.records), len(found.unreadable)) == (3, 4, 1)
     assert merge([one, other], into)[0] == 0
     assert [record.setup["seq_len"] for record in read([into]).records] == [16, 32, 64]
+
+
+def test_an_upload_is_kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PLANNER_RECORDS_DIR", str(tmp_path))
+    content = json.dumps(made_record().to_dict()).encode() + b"\nrubbish\n"
+    for new in (1, 0):
+        added, found = keep_upload(content, "theirs.jsonl")
+        assert (added, len(found.records)) == (new, 1)
+        assert [line.place for line in found.unreadable] == ["theirs.jsonl:2"]
+    assert not own_file().exists()
+    made_up = [record for record in shelf().records if record.device == made_record().device]
+    assert [record.origin for record in made_up] == ["uploaded"]
 
 
 def test_a_missing_file_is_one_line() -> None:
