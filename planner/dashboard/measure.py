@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import uuid
-from dataclasses import dataclass
-
 import streamlit as st
 
-from planner.dashboard import measuring, recorded, simulating, state
+from planner.dashboard import here, measuring, recorded, simulating, state
 from planner.dashboard.answers import current_setup
 from planner.dashboard.links import command
-from planner.dashboard.measurements import Measurements, blocked, driver_gpus
+from planner.dashboard.measurements import blocked
 from planner.dashboard.uploads import MOST_LINES
 from planner.dashboard.words import method_title, plain
 from planner.errors import PlannerError
@@ -23,31 +19,6 @@ from planner.units import gib
 
 _REFUSED, _SEEN = "_measure_refused", "_upload_seen"
 _POLL_SECONDS = 0.5
-
-
-@st.cache_resource(on_release=Measurements.close, show_spinner=False)
-def measurements() -> Measurements:
-    """The one measurement of this server. `PLANNER_MEASURE_LIMIT_S` sets the seconds for it."""
-    return Measurements(time_limit_s=float(os.environ.get("PLANNER_MEASURE_LIMIT_S", "600")))
-
-
-@dataclass(frozen=True)
-class _Visitor:
-    name: str
-    of: Measurements
-
-    def leave(self) -> None:
-        self.of.cancel(self.name)
-
-
-@st.cache_resource(scope="session", on_release=_Visitor.leave, show_spinner=False)
-def _visitor() -> _Visitor:
-    return _Visitor(uuid.uuid4().hex, measurements())
-
-
-@st.cache_data(ttl=20, show_spinner="Asking the driver")
-def _gpus() -> tuple[DriverGpu, ...]:
-    return driver_gpus()
 
 
 def page() -> None:
@@ -73,21 +44,21 @@ def page() -> None:
 def _here(setup: Setup, predicted: MemoryReport) -> None:
     """What will run, the button, and what comes of it."""
     st.subheader("Measure on this server", anchor=False)
-    last = measurements().last
+    last = here.measurements().last
     if last is not None and last.active:
-        if last.visitor == _visitor().name:
+        if last.visitor == here.visitor().name:
             st.fragment(_running, run_every=_POLL_SECONDS)()
         else:
             st.info("Another measurement is running on this machine.", icon=":material/hourglass_empty:")
         return
-    allowed = os.environ.get("PLANNER_ALLOW_MEASURE") == "1"
-    gpus = _gpus() if allowed else ()
+    allowed = here.allowed()
+    gpus = here.gpus() if allowed else ()
     reason = simulating.why_not(setup) or blocked(allowed=allowed, gpus=gpus, predicted=predicted)
     if reason:
         st.info(plain(reason), icon=":material/block:")
     else:
         _offer(setup, predicted, gpus[0])
-    if last is not None and last.visitor == _visitor().name and last.setup == setup:
+    if last is not None and last.visitor == here.visitor().name and last.setup == setup:
         measuring.ended(last, predicted)
 
 
@@ -109,23 +80,23 @@ def _offer(setup: Setup, predicted: MemoryReport, gpu: DriverGpu) -> None:
 
 
 def _start(setup: Setup) -> None:
-    if os.environ.get("PLANNER_ALLOW_MEASURE") != "1":
+    if not here.allowed():
         return
     try:
-        measurements().start(setup, _visitor().name)
+        here.measurements().start(setup, here.visitor().name)
     except PlannerError as error:
         st.session_state[_REFUSED] = str(error)
 
 
 def _cancel() -> None:
-    measurements().cancel(_visitor().name)
+    here.measurements().cancel(here.visitor().name)
 
 
 def _running() -> None:
     """The stages as they come, again every half second; the whole page once at the end."""
-    last = measurements().last
+    last = here.measurements().last
     if last is None or not last.active:
-        _gpus.clear()
+        here.gpus.clear()
         if last is not None and last.record is not None:
             recorded.remember_live(last.record)
         st.rerun()
