@@ -30,6 +30,7 @@ LIGHT = {
     "compare",
     "errors",
     "estimate",
+    "export",
     "model",
     "record",
     "report",

@@ -1,0 +1,115 @@
+"""What was planned as files that run: a training script, its settings, the model's config, requirements.
+
+Text only: the command line writes it into a folder, the page packs it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from planner.errors import SetupError
+from planner.export.methods import PIECES, piece_name
+from planner.export.script import OPTIMIZERS, script
+from planner.export.settings import settings
+from planner.spec import PeftOfSize, Setup
+from planner.units import count, gib
+
+__all__ = ["REQUIREMENTS", "exported"]
+
+REQUIREMENTS = (
+    "accelerate>=1.15,<2",
+    "peft>=0.20,<0.22",
+    "safetensors>=0.7,<1",
+    "torch>=2.11,<2.14",
+    "transformers>=5.17,<5.24",
+)
+"""The versions that train.py is tested with: those of `simulate` in pyproject.toml."""
+
+
+def exported(setup: Setup) -> dict[str, str]:
+    """File name -> text: train.py, settings.json, model/config.json, requirements.txt, README.txt.
+
+    The same setup always gives the same texts. train.py holds nothing of the setup but its method and task;
+    all values stand in settings.json. Raises SetupError for what no library runs as one step: a bare number
+    of parameters, and the textbook recipe.
+    """
+    if setup.model.is_bare or isinstance(setup.method, PeftOfSize):
+        raise SetupError(
+            f"{setup.model.id} with method {setup.method.name} has no layers to run; export needs a model's "
+            "id or config.json, and a method such as lora or full."
+        )
+    if setup.training.precision == "textbook":
+        raise SetupError(
+            "precision textbook is a sum worked by hand, no library runs it; export bf16, bf16-mixed or fp32."
+        )
+    if piece_name(setup.method) not in PIECES or setup.training.optimizer not in OPTIMIZERS:
+        raise SetupError(
+            f"export has no script for method {setup.method.name} with optimizer {setup.training.optimizer}; "
+            f"choose from {', '.join(PIECES)} and {', '.join(OPTIMIZERS)}."
+        )
+    values = settings(setup)
+    return {
+        "README.txt": _readme(setup, values),
+        "model/config.json": _json({k: v for k, v in setup.model.config.items() if k != "auto_map"}),
+        "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
+        "settings.json": _json(values),
+        "train.py": script(setup),
+    }
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+_README = """\
+{heading}
+{rule}
+
+Planned with VRAM Planner. {peak}{trained}
+
+    python3 -m venv .venv
+    .venv/bin/pip install -r requirements.txt
+
+See what it takes, with random weights from model/config.json; nothing is downloaded:
+
+    .venv/bin/python train.py --model model --steps 3
+
+Train on your own text, with the weights of {weights}:
+
+    .venv/bin/python train.py --data text.txt --steps 100 --out trained
+
+train.py            the loop, to be read and changed
+settings.json       every setting of the plan; train.py reads it
+model/config.json   the shape of the model that was planned
+requirements.txt    the versions this was tested with
+
+It prints how many parameters are trained and, on a CUDA device, the peak of allocated memory beside the
+planned one. The learning rate is a common value and no advice. Samples are cut from the text one after the
+other, without padding; {data}
+Code from the hub is never run. The card must also hold the CUDA context and the allocator's reserve.
+"""
+
+_DATA = {
+    "causal-lm": "the labels are the tokens themselves.",
+    "masked-lm": "15 % of the tokens are masked and asked for.",
+    "seq2seq-lm": "the labels are a copy of the input: put your own pairs into `batches`.",
+}
+
+
+def _readme(setup: Setup, values: dict[str, Any]) -> str:
+    planned, training = values["planned"], setup.training
+    peak_bytes, trained = planned["peak_allocated_bytes"], planned["trainable_parameters"]
+    shape = f"{training.micro_batch_size} x {training.seq_len} tokens"
+    heading = f"{setup.model.id}, {setup.method.name}, {shape}, {training.precision}"
+    peak = "The peak is not known by formula."
+    if peak_bytes is not None:
+        peak = f"Predicted peak: {gib(peak_bytes)} allocated."
+    return _README.format(
+        heading=heading,
+        rule="=" * len(heading),
+        peak=peak,
+        trained="" if trained is None else f" Trained: {count(trained)} parameters.",
+        weights="your own model (--model FOLDER)" if values["model"] == "model" else values["model"],
+        data=_DATA[setup.model.task],
+    )

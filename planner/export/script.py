@@ -1,0 +1,229 @@
+"""The text of train.py, put together from pieces: only what the method and the task need.
+
+The loop is that of `planner.training.run`; tests run the script and hold its counts against the formulas.
+"""
+
+from __future__ import annotations
+
+from planner.export.methods import PIECES, piece_name
+from planner.model import Task
+from planner.spec import Setup
+
+__all__ = ["OPTIMIZERS", "script"]
+
+OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
+"""The optimizers that `optimizer_for` in train.py knows."""
+
+_AUTO_CLASSES: dict[Task, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+
+_HEAD = '''\
+"""Fine-tune a model as it was planned: every setting stands in settings.json beside this file.
+
+python train.py --model model --steps 3         random weights, random tokens: does it fit?
+python train.py --data text.txt --out trained   the planned model on your text
+"""
+
+import argparse
+import contextlib
+import json
+{standard}from pathlib import Path
+
+{peft}import torch
+import transformers
+from accelerate import Accelerator
+{safetensors}{nn}from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, {auto_class}, AutoTokenizer
+from transformers.integrations import sdpa_attention
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = {{
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "bf16-mixed": torch.float32,
+    "fp16-mixed": torch.float32,
+}}
+AUTOCAST = {{"bf16-mixed": "bf16", "fp16-mixed": "fp16"}}
+KERNELS = {{
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}}
+
+
+def main():
+    given = arguments()
+    settings = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
+    torch.manual_seed(settings["seed"])
+    accelerator = Accelerator(mixed_precision=AUTOCAST.get(settings["precision"], "no"))
+    name = given.model or settings["model"]
+    model = loaded(name, settings).to(accelerator.device)
+    if settings["activation_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    model = attached(model, settings)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    planned = settings["planned"]
+    print(f"trained parameters: {{sum(p.numel() for p in trained):,}}", end="")
+    print(f", planned {{planned['trainable_parameters']:,}}" if planned["trainable_parameters"] else "")
+    optimizer = optimizer_for(settings, trained)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    data = batches(settings, vocabulary, given.data, name)
+    for step in range(1, given.steps + 1):
+        loss = one_step(accelerator, model, optimizer, trained, data, settings)
+        print(f"step {{step}}: loss {{loss:.4f}}", flush=True)
+    if accelerator.device.type == "cuda":
+        print(f"peak allocated: {{torch.cuda.max_memory_allocated() / 2**30:.2f}} GiB", end="")
+        expected = planned["peak_allocated_bytes"]
+        print(f", planned {{expected / 2**30:.2f}} GiB" if expected else "")
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        save(accelerator.unwrap_model(model), given.out)
+        print(f"saved to {{given.out}}")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Fine-tune as planned in settings.json.")
+    parser.add_argument("--model", help="another hub id, or a folder; random weights of a config.json alone")
+    parser.add_argument("--data", type=Path, help="a text file to train on (default: random tokens)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
+    parser.add_argument("--out", type=Path, help="folder for what was trained (default: nothing is saved)")
+    return parser.parse_args()
+
+
+def loaded(name, settings):
+    """The pretrained model of an id or folder; random weights where a folder has a config.json alone."""
+    folder = folder_of(name)
+    config = AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
+    config.use_cache = False
+{config}    options = {{"config": config, "trust_remote_code": False}}
+    options["dtype"] = WEIGHTS[settings["precision"]]
+    if settings["attention"] == "eager":
+        options["attn_implementation"] = "eager"
+    if folder and not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        return {auto_class}.from_config(**options)
+    return {auto_class}.from_pretrained(folder or name, **options)
+
+
+def folder_of(name):
+    """The folder that a name means, here or beside this file; None for an id of the hub."""
+    return next((path for path in (Path(name), HERE / name) if path.is_dir()), None)
+'''
+
+_STEP = '''
+
+def optimizer_for(settings, trained):
+    """The planned optimizer over the trained parameters."""
+    if settings["optimizer"] == "sgd":
+        return torch.optim.SGD(trained, lr=settings["learning_rate"])
+    fused = True if settings["optimizer"] == "adamw-fused" else None
+    return torch.optim.AdamW(trained, lr=settings["learning_rate"], fused=fused)
+
+
+def one_step(accelerator, model, optimizer, trained, data, settings):
+    """One optimizer step over all its micro batches; the mean of their losses."""
+    micro_batches = settings["gradient_accumulation_steps"]
+    total = 0.0
+    with attention(settings["attention"], accelerator.device.type):
+        for _ in range(micro_batches):
+            batch = {key: value.to(accelerator.device) for key, value in next(data).items()}
+            outputs = model(**batch)
+            loss = outputs.loss / micro_batches
+            accelerator.backward(loss)
+            total += loss.item()
+    if settings["clip_grad_norm"] is not None:
+        accelerator.clip_grad_norm_(trained, settings["clip_grad_norm"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@contextlib.contextmanager
+def attention(kind, device):
+    """Pin torch's attention to one kernel on CUDA; `sdpa` and `eager` leave the choice alone."""
+    if kind not in KERNELS or device != "cuda":
+        yield
+        return
+    grouped = sdpa_attention.use_gqa_in_sdpa
+    if kind == "efficient":  # it takes no grouped heads: keys and values are repeated to all heads
+        sdpa_attention.use_gqa_in_sdpa = lambda *_args, **_kwargs: False
+    try:
+        with sdpa_kernel(KERNELS[kind]):
+            yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = grouped
+
+
+def batches(settings, vocabulary, data, name):
+    """Endless micro batches of token ids [micro_batch_size, seq_len] and labels, without padding."""
+    size, length = settings["micro_batch_size"], settings["seq_len"]
+    if data is None:
+        while True:
+            ids = torch.randint(0, vocabulary, (size, length))
+            yield {"input_ids": ids, "labels": ids.clone()}
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(name) or name, trust_remote_code=False)
+    transformers.logging.set_verbosity_error()  # the text is cut below, so its length is no matter
+    ids = torch.tensor(tokenizer(data.read_text(encoding="utf-8"))["input_ids"])
+    if len(ids) == 0:
+        raise SystemExit(f"{data} holds no text.")
+    samples = ids.repeat(-(-length // len(ids)))
+    samples = samples[: len(samples) // length * length].view(-1, length)
+    while True:
+        for chosen in torch.randperm(len(samples)).repeat(-(-size // len(samples))).split(size):
+            if len(chosen) == size:
+                yield example(samples[chosen], tokenizer)
+'''
+
+_EXAMPLES: dict[Task, str] = {
+    "causal-lm": '''
+
+def example(ids, tokenizer):
+    """Every token is asked for."""
+    return {"input_ids": ids, "labels": ids.clone()}
+''',
+    "masked-lm": '''
+
+def example(ids, tokenizer):
+    """15 % of the tokens are masked, and only they are asked for."""
+    masked = torch.rand(ids.shape) < 0.15
+    labels = ids.masked_fill(~masked, -100)
+    return {"input_ids": ids.masked_fill(masked, tokenizer.mask_token_id), "labels": labels}
+''',
+    "seq2seq-lm": '''
+
+def example(ids, tokenizer):
+    """The target is a copy of the input: put your own pairs here."""
+    return {"input_ids": ids, "labels": ids.clone()}
+''',
+}
+
+_DECODER_START = """\
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id or 0
+"""
+
+_END = """
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def script(setup: Setup) -> str:
+    """train.py for the method and the task of a setup; its values stand in settings.json."""
+    task = setup.model.task
+    piece = PIECES[piece_name(setup.method)]
+    head = _HEAD.format(
+        auto_class=_AUTO_CLASSES[task],
+        standard="".join(f"import {name}\n" for name in piece.standard),
+        peft="import peft\n" if piece.peft else "",
+        safetensors="" if piece.whole else "from safetensors.torch import save_file\n",
+        nn="from torch import nn\n" if piece.modules else "",
+        config=_DECODER_START if task == "seq2seq-lm" else "",
+    )
+    return head + piece.attached + _STEP + _EXAMPLES[task] + piece.save + _END
