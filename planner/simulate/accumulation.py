@@ -1,8 +1,9 @@
-"""Gradients that meet in autograd's engine are added in place on CUDA, out of place under a dispatch mode.
+"""What autograd writes in place on CUDA, and out of place under a dispatch mode.
 
-Source: torch/csrc/autograd/input_buffer.cpp, `accumulate`: in place where gradients are not recorded and
-one of the two tensors is dense and held by nobody else. A dispatch mode makes every tensor count as a
-subclass there (ATen/TensorSubclassLikeUtils.h), so the tracer has to answer for CUDA.
+A dispatch mode makes every tensor count as a subclass (ATen/TensorSubclassLikeUtils.h), and of those autograd
+makes copies; the tracer has to answer for CUDA. Gradients that meet: torch/csrc/autograd/input_buffer.cpp,
+`accumulate`, in place where gradients are not recorded and one of the two tensors is dense and held by nobody
+else. Gradients of indexing: torch/csrc/autograd/FunctionsManual.cpp, written into fresh zeros.
 """
 
 from __future__ import annotations
@@ -14,9 +15,33 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ADDITION", "added_in_place", "unshared_count"]
+__all__ = ["ADDITION", "IN_PLACE", "added_in_place", "made_in_place", "unshared_count"]
 
-ADDITION = torch.ops.aten.add.Tensor
+aten = torch.ops.aten
+
+ADDITION = aten.add.Tensor
+_SELECTIONS = ("TopkBackward0", "SortBackward0", "SortBackward1", "MaxBackward0", "MinBackward0")
+_INTO_ZEROS = {  # by operation: the nodes that write into zeros of their own making
+    aten.index_put.default: ("IndexBackward0", "UnsafeIndexBackward0"),  # index_backward
+    aten.scatter_add.default: ("GatherBackward0",),  # gather_backward
+    aten.index_add.default: ("IndexSelectBackward0",),  # index_select_backward_symint
+    aten.scatter.src: _SELECTIONS,  # value_selecting_reduction_backward_symint
+}
+IN_PLACE = frozenset({ADDITION, *_INTO_ZEROS})
+
+
+def made_in_place(func: Any, args: Sequence[Any]) -> torch.Tensor | None:
+    """The argument that holds the result of one of `IN_PLACE` on CUDA; None where a new tensor does.
+
+    To be asked in the backward pass, from inside a dispatch mode.
+    """
+    if func is ADDITION:
+        return added_in_place(args)
+    node = torch._C._current_autograd_node()
+    if torch.is_grad_enabled() or node is None or node.name() not in _INTO_ZEROS[func]:
+        return None
+    zeros: torch.Tensor = args[0]
+    return zeros
 
 
 def added_in_place(args: Sequence[Any]) -> torch.Tensor | None:

@@ -13,9 +13,14 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from planner.simulate.autocast import CAST
+from planner.simulate.cuda_forms import STEERED
+
 __all__ = ["AsCuda"]
 
 _META = torch.device("meta")
+# Functions that are replaced while a simulation runs, by what they were: a script may hold them by name.
+_REPLACED = {getattr(owner, name): (owner, name) for owner, name in (*STEERED, *CAST)}
 
 
 class AsCuda(TorchFunctionMode):
@@ -35,6 +40,9 @@ class AsCuda(TorchFunctionMode):
     ) -> Any:
         """Run one function of torch with its device exchanged."""
         kwargs = dict(kwargs or {})
+        if func in _REPLACED:
+            owner, name = _REPLACED[func]
+            return getattr(owner, name)(*args, **kwargs)
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.cuda:

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-__all__ = ["CudaAutocast", "cuda_autocast_functions"]
+__all__ = ["CAST", "CudaAutocast", "cuda_autocast_functions"]
 
 # AT_FORALL_LOWER_PRECISION_FP: inputs are cast to the compute dtype.
 _LOWER = (
@@ -66,6 +66,7 @@ _SET_DTYPE = (
     (torch, "cumsum"),
     (torch.Tensor, "cumsum"),
 )
+CAST = (*_LOWER, *_FP32, *_SET_DTYPE)
 _DEVICES = ("cuda", "meta")
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 
 from planner.simulate.attention import AttentionRules
 
-__all__ = ["cuda_forms", "cuda_optimizers"]
+__all__ = ["STEERED", "cuda_forms", "cuda_optimizers"]
+
+STEERED = (
+    (F, "scaled_dot_product_attention"),
+    (F, "dropout"),
+    (torch, "dropout"),
+    *((owner, name) for owner in (F, torch, torch.Tensor) for name in ("softmax", "log_softmax")),
+)
 
 
 @contextmanager
@@ -26,18 +33,16 @@ def cuda_forms(rules: AttentionRules) -> Iterator[None]:
     The functions themselves are replaced for the time of the context: a function mode would not reach
     the recomputation of a checkpoint, which autograd runs with modes of its own.
     """
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (F, "scaled_dot_product_attention", rules.attention),
-        (F, "dropout", _dropout),
-        (torch, "dropout", _dropout),
-    ]
-    for owner in (F, torch, torch.Tensor):
-        replaced.append((owner, "softmax", _softmax(owner.softmax, torch._softmax)))
-        replaced.append((owner, "log_softmax", _softmax(owner.log_softmax, torch._log_softmax)))
+    forms: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+        "scaled_dot_product_attention": lambda _original: rules.attention,
+        "dropout": lambda _original: _dropout,
+        "softmax": lambda original: _softmax(original, torch._softmax),
+        "log_softmax": lambda original: _softmax(original, torch._log_softmax),
+    }
     with ExitStack() as stack:
-        for owner, name, form in replaced:
+        for owner, name in STEERED:
             original = getattr(owner, name)
-            stack.enter_context(mock.patch.object(owner, name, _on_meta(form, original)))
+            stack.enter_context(mock.patch.object(owner, name, _on_meta(forms[name](original), original)))
         yield
 
 

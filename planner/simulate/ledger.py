@@ -103,6 +103,12 @@ class Ledger:
         """A block that a library keeps for good."""
         self._malloc(size_bytes, "workspace")
 
+    def empty_cache(self) -> None:
+        """Give back every segment that holds nothing, as `torch.cuda.empty_cache` does."""
+        self.allocator.empty_cache()
+        if self.trail is not None:
+            self.trail.append((0, "empty_cache"))
+
     def _malloc(self, size_bytes: int, part: str) -> tuple[int, int]:
         allocator = self.allocator
         block = allocator.malloc(size_bytes)

@@ -84,6 +84,9 @@ class _Replay:
                 self._taken(*entry)
             elif entry[0] < 0:
                 self._given_back(-entry[0])
+            elif entry[1:] == ("empty_cache",):
+                self._allocator.empty_cache()
+                self._segments_changed([_frame("empty_cache", "torch.cuda")])
         self._failed()
         frames = {address: frames for address, _, frames in self._alive.values()}
         config = self._allocator.config

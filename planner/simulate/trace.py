@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import TraceError
-from planner.simulate.accumulation import ADDITION, added_in_place, unshared_count
+from planner.simulate.accumulation import IN_PLACE, made_in_place, unshared_count
 from planner.simulate.kernels import PRODUCTS, SCRATCH, Workspaces
 from planner.simulate.ledger import Ledger
 
@@ -158,8 +158,10 @@ class Tracer(TorchDispatchMode):
         elif func is aten.mm.default and backward and self.modules.is_head_gradient(args):
             ledger.part = "gradients"  # a tied one waits in the engine for the embedding's
         ledger.op, ledger.place = func, self._node_or_place(backward)
-        if func is ADDITION and backward and not kwargs and (grown := added_in_place(args)) is not None:
-            return grown  # on CUDA autograd's engine adds into it; without values nothing is left to do
+        if func in IN_PLACE and backward and not kwargs and (made := made_in_place(func, args)) is not None:
+            if func in SCRATCH:
+                ledger.scratch(SCRATCH[func](args, made))
+            return made  # on CUDA autograd writes into it; without values nothing is left to do
         if func is aten._grouped_mm.default:
             out = _grouped_mm(func, args, kwargs or {})
         else:

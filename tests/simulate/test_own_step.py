@@ -332,3 +332,21 @@ def test_no_hugging_face_is_imported() -> None:
         "sys.exit(bool({'transformers', 'peft', 'accelerate'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_a_function_held_by_its_own_name_takes_cudas_form_too() -> None:
+    attention, dropout, softmax = F.scaled_dot_product_attention, F.dropout, torch.softmax
+
+    def by_name(x: torch.Tensor) -> torch.Tensor:
+        return softmax(dropout(attention(x, x, x), 0.1), -1, dtype=torch.float32)
+
+    def by_module(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(F.dropout(F.scaled_dot_product_attention(x, x, x), 0.1), -1, dtype=torch.float32)
+
+    def run(function: Any) -> MemoryReport:
+        def step(weight: torch.Tensor) -> None:
+            checkpoint(function, weight * 2, use_reentrant=False).sum().backward()
+
+        return simulate_step(lambda: nn.Parameter(torch.ones(1, 2, 64, 64, dtype=torch.float16)), step)
+
+    assert run(by_name).phases == run(by_module).phases
