@@ -16,12 +16,14 @@ from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
 from planner.model import Architecture
-from planner.spec import Training
+from planner.spec import Setup, Training
 
 __all__ = ["AttentionPlan", "attention", "attention_plan"]
 
 Kernel = Literal["flash", "efficient", "cudnn", "math", "eager"]
 _FLASH_HEAD_LIMIT = 256  # sdp_utils.cpp: check_head_dim_size_flash
+_CUDNN_HEAD_LIMIT = 128  # sdp_utils.cpp: check_cudnn_tensor_shapes
+_DEFAULT_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +41,14 @@ class AttentionPlan:
     dropout: float = 0.0
 
 
-def attention_plan(shape: Architecture, form: LayerForm, training: Training, element: int) -> AttentionPlan:
-    """The kernel for one layer. `element` is the bytes of q, k and v.
+def attention_plan(shape: Architecture, form: LayerForm, setup: Setup, element: int) -> AttentionPlan:
+    """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
 
-    Without a mask flash serves 16-bit types and the memory-efficient kernel fp32; grouped heads in fp32
-    have the math kernel only (sdp_utils.cpp, check_for_nested_inputs and enable_gqa). A mask
-    (sliding window shorter than the sequence) leaves the memory-efficient kernel.
+    `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence) rules out
+    flash; then transformers repeats keys and values for all heads, which else only flash and cuDNN take
+    grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does.
     """
+    training = setup.training
     masked = form.sliding and shape.sliding_window is not None and training.seq_len > shape.sliding_window
     grouped = shape.num_key_value_heads < shape.num_attention_heads
     plan = partial(
@@ -59,16 +62,22 @@ def attention_plan(shape: Architecture, form: LayerForm, training: Training, ele
     )
     if training.attention == "eager" or not shape.sdpa:
         return plan(kernel="eager", masked=True, repeated=grouped)
-    if training.attention == "efficient" or masked:
-        return plan(kernel="efficient", masked=masked, repeated=grouped)
-    if training.attention == "cudnn":
-        return plan(kernel="cudnn")
-    if element == 2 and shape.head_dim <= _FLASH_HEAD_LIMIT:
-        return plan(kernel="flash")
-    return plan(kernel="math" if grouped else "efficient")
+    if training.attention != "sdpa":
+        repeated = grouped and (masked or training.attention == "efficient")
+        return plan(kernel=training.attention, masked=masked, repeated=repeated)
+    capability = (setup.gpu.capability if setup.gpu else None) or _DEFAULT_CAPABILITY
+    half = element == 2 and capability >= (8, 0)
+    d = shape.head_dim
+    repeated = grouped and masked
+    kernel: Kernel = "math" if grouped and not masked else "efficient"
+    if half and not masked and d <= _FLASH_HEAD_LIMIT:
+        kernel = "flash"
+    if half and capability[0] in (9, 10) and d % 8 == 0 and d <= _CUDNN_HEAD_LIMIT:
+        kernel = "cudnn"
+    return plan(kernel=kernel, masked=masked, repeated=repeated)
 
 
-def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, training: Training) -> Tensor:
+def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """Attention of x [T, h] over itself: projections, positions, the kernel, the output projection."""
     q, k, v = _queries_keys_values(ops, x, shape, form)
     if form.head_norms and shape.qk_norm != "none":
@@ -81,15 +90,15 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         ops.hold(*plain)
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
-    plan = attention_plan(shape, form, training, v.element)
+    plan = attention_plan(shape, form, setup, v.element)
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
         k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
     if plan.kernel == "eager":
-        out = _eager(ops, q, k, v, plan, shape, training)
+        out = _eager(ops, q, k, v, plan, shape, setup.training)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
-    if ops.traits.rotary_cats and form.rotary and plan.kernel == "flash":
+    if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "cudnn"):
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     answer = ops.linear(out, form.attention_output)
     ops.hold(x, q, k, v)
@@ -130,6 +139,14 @@ def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     return ops.op((q, k, v), q.numel, q.element, (q, k, v, log_sum), keeps_output=True, scratch_bytes=scratch)
 
 
+def _cudnn(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s]; its plan's workspace is not known."""
+    kept: tuple[Tensor, ...] = (q, k, v, Tensor(plan.b * plan.a * plan.s, 4, False))
+    if plan.masked:
+        kept = (*kept, Tensor(plan.b * plan.s**2, q.element, False))
+    return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True)
+
+
 def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s rounded to 32].
 
@@ -150,16 +167,20 @@ def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: Attention
 
 
 def _math(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """_scaled_dot_product_attention_math: k and v repeated, scores and their softmax [b, a, s, s]."""
+    """_scaled_dot_product_attention_math: scores and their softmax [b, a, s, s] in fp32.
+
+    16-bit q, k and v are converted first, k and v repeated for all heads (transformers/attention.cpp).
+    """
     n = plan.b * plan.a * plan.s**2
-    groups = q.numel // k.numel
-    if groups > 1:
+    element = q.element
+    q, k, v = (ops.cast(t, 4) for t in (q, k, v))
+    if plan.k != plan.a and not plan.repeated:
         k, v = (ops.op((t,), q.numel, t.element) for t in (k, v))
     q, k = ops.scaled(q), ops.scaled(k)
-    scores = ops.op((q, k), n, q.element, (q, k))
-    scratch = block_bytes(n * q.element)
-    probabilities = ops.op((scores,), n, q.element, keeps_output=True, scratch_bytes=scratch)
-    return ops.op((probabilities, v), q.numel, q.element, (probabilities, v))
+    scores = ops.op((q, k), n, 4, (q, k))
+    probabilities = ops.op((scores,), n, 4, keeps_output=True, scratch_bytes=block_bytes(n * 4))
+    dropped = ops.dropout(probabilities, plan.dropout)
+    return ops.cast(ops.op((dropped, v), q.numel, 4, (dropped, v)), element)
 
 
 def _eager(
@@ -205,4 +226,4 @@ def _eager(
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
 
-_KERNELS = {"flash": _flash, "cudnn": _flash, "efficient": _efficient, "math": _math}
+_KERNELS = {"flash": _flash, "cudnn": _cudnn, "efficient": _efficient, "math": _math}

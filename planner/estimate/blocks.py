@@ -12,7 +12,7 @@ from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
 from planner.model import Architecture
-from planner.spec import Training
+from planner.spec import Setup
 
 __all__ = ["embedded", "layer", "mlp"]
 
@@ -76,21 +76,21 @@ def _sorted_sums_bytes(tokens: int, table: TableForm) -> int:
     return 3 * block_bytes(8 * tokens) + by_row + block_bytes(4 * partial * table.width)
 
 
-def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """One layer of x [T, h]."""
     if shape.parallel_residual:
-        return _parallel(ops, x, shape, form, run)
+        return _parallel(ops, x, shape, form, setup)
     if shape.norm_placement == "pre":
-        return _pre_norm(ops, x, shape, form, run)
+        return _pre_norm(ops, x, shape, form, setup)
     if shape.norm_placement == "sandwich":
-        return _sandwich(ops, x, shape, form, run)
-    return _post_norm(ops, x, shape, form, run)
+        return _sandwich(ops, x, shape, form, setup)
+    return _post_norm(ops, x, shape, form, setup)
 
 
-def _pre_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+def _pre_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
     before, after = form.norms
-    inner = attention(ops, ops.norm(x, before, shape.norm), shape, form, run)
+    inner = attention(ops, ops.norm(x, before, shape.norm), shape, form, setup)
     x = ops.add(x, _branch(ops, inner, shape.hidden_dropout))
     inner = mlp(ops, ops.norm(x, after, shape.norm), shape, form)
     return ops.add(x, _branch(ops, inner, shape.hidden_dropout))
@@ -102,32 +102,32 @@ def _branch(ops: Operations, x: Tensor, dropout: float) -> Tensor:
     return ops.scaled(x) if ops.traits.scaled_residual else x
 
 
-def _sandwich(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+def _sandwich(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))): Gemma 2 and 3."""
     norms = form.norms
-    inner = attention(ops, ops.norm(x, norms[0], shape.norm), shape, form, run)
+    inner = attention(ops, ops.norm(x, norms[0], shape.norm), shape, form, setup)
     x = ops.add(x, ops.norm(inner, norms[1], shape.norm))
     inner = mlp(ops, ops.norm(x, norms[2], shape.norm), shape, form)
     return ops.add(x, ops.norm(inner, norms[3], shape.norm))
 
 
-def _post_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+def _post_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """norm(x + attention(x)) (BERT, OPT-350m), or x + norm(attention(x)) (OLMo 2)."""
     after_attention, after_mlp = form.norms
     if shape.norm == "rmsnorm":
-        x = ops.add(x, ops.norm(attention(ops, x, shape, form, run), after_attention, shape.norm))
+        x = ops.add(x, ops.norm(attention(ops, x, shape, form, setup), after_attention, shape.norm))
         return ops.add(x, ops.norm(mlp(ops, x, shape, form), after_mlp, shape.norm))
     dropout = shape.hidden_dropout if ops.traits.dropout_after_attention else 0.0
-    inner = ops.dropout(attention(ops, x, shape, form, run), dropout)
+    inner = ops.dropout(attention(ops, x, shape, form, setup), dropout)
     x = ops.norm(ops.add(inner, x), after_attention, shape.norm)
     inner = ops.dropout(mlp(ops, x, shape, form), shape.hidden_dropout)
     return ops.norm(ops.add(inner, x), after_mlp, shape.norm)
 
 
-def _parallel(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, run: Training) -> Tensor:
+def _parallel(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """x + attention(norm(x)) + mlp(norm(x)), the norm shared or one for each (GPT-NeoX, Phi, Falcon)."""
     normed = ops.norm(x, form.norms[0], shape.norm)
-    inner = ops.dropout(attention(ops, normed, shape, form, run), shape.hidden_dropout)
+    inner = ops.dropout(attention(ops, normed, shape, form, setup), shape.hidden_dropout)
     if len(form.norms) > 1:
         normed = ops.norm(x, form.norms[1], shape.norm)
     outer = ops.dropout(mlp(ops, normed, shape, form), shape.hidden_dropout)

@@ -149,7 +149,7 @@ def _layer(
 ) -> tuple[Tensor, Stretch]:
     """One layer and its output."""
     ops, start = _operations(setup, shape), _input(x)
-    out = layer(ops, start, shape, form, setup.training)
+    out = layer(ops, start, shape, form, setup)
     stretch = _stretch(
         ops,
         start,
