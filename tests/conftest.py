@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _CACHE = tempfile.mkdtemp(prefix="vram-planner-tests-")
 os.environ["HF_HOME"] = os.path.join(_CACHE, "huggingface")
 os.environ["PLANNER_CACHE_DIR"] = os.path.join(_CACHE, "planner")
+os.environ["PLANNER_RECORDS_DIR"] = os.path.join(_CACHE, "records")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "PLANNER_ALLOW_MEASURE"):
     os.environ.pop(_name, None)

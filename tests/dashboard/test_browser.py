@@ -5,56 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from planner import catalog
 from planner.report import PARTS, MemoryReport
+from tests.dashboard.browsing import eventually, settle
 
 VERDICT = "[data-testid=stAlert]"
 SIZES = ((390, 844), (1366, 768), (1920, 1080))
-# Streamlit's own, before it knows where its server is: a page opened below the root asks there first.
-PROBES = re.compile(r"/_stcore/(health|host-config)$")
-
-OpenPage = Callable[..., Any]
-
-
-@pytest.fixture
-def open_page(browser, server) -> Iterator[OpenPage]:
-    """`open_page("?seq_len=64")` opens a page and waits until it stands; errors fail the test at its end."""
-    contexts, failures = [], []
-
-    def opened(link: str = "", *, size: tuple[int, int] = (1366, 768), mode: str = "light") -> Any:
-        context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=mode, accept_downloads=True
-        )
-        contexts.append(context)
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page = context.new_page()
-        page.on("pageerror", lambda error: failures.append(f"page error: {error}"))
-        page.on("console", lambda line: failures.append(line.text) if line.type == "error" else None)
-        page.on("response", lambda r: failures.append(f"{r.status} {r.url}") if r.status >= 400 else None)
-        page.goto(f"{server}/{link}")
-        page.wait_for_selector("h1", timeout=60_000)
-        settle(page)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    probed = any(PROBES.search(line) for line in failures)
-    assert [f for f in failures if not PROBES.search(f) and not (probed and "status of 404" in f)] == []
-
-
-def settle(page) -> None:
-    """Wait until the script has run and the figures are drawn."""
-    page.wait_for_timeout(150)
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=60_000)
-    page.wait_for_timeout(150)
 
 
 def verdict(page) -> str:
@@ -62,15 +22,6 @@ def verdict(page) -> str:
     return (
         str(page.locator(VERDICT).last.inner_text()).strip().split("\n")[-1]
     )  # the icon's name stands first
-
-
-def eventually(page, holds: Callable[[], bool], what: str) -> None:
-    """Wait up to ten seconds until something holds."""
-    for _ in range(100):
-        if holds():
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError(f"not within ten seconds: {what}")
 
 
 def shows(page, **values: str) -> None:
