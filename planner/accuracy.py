@@ -1,4 +1,4 @@
-"""Predicted beside measured: part by part for one run, as a table of errors for many, and the nearest run."""
+"""Predicted beside measured: part by part for one run, and as tables of errors and of fits for many."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import PlannerError
-from planner.record import Record, setup_key
+from planner.record import Nearest, Record, nearest_record
 from planner.report import PARTS, MemoryReport
-from planner.spec import Setup
 
 __all__ = [
     "GROUPS",
     "ErrorRow",
+    "FitRow",
     "Nearest",
     "Row",
     "SideBySide",
     "error_table",
     "family",
+    "fit_table",
     "nearest_record",
     "share_error",
     "side_by_side",
 ]
 
 GROUPS = ("all", "method", "family", "recipe")
-_SIZES = ("micro_batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank", "adapter_size")
 
 
 def share_error(predicted_bytes: int, measured_bytes: int) -> float | None:
@@ -242,6 +242,48 @@ def _error_row(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitRow:
+    """Whether runs were rightly predicted to fit their device: numbers of runs."""
+
+    prediction: str
+    right: int
+    fitted_against: int  # ran, though it was predicted not to fit
+    failed_against: int  # ran out of memory, though it was predicted to fit
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def fit_table(
+    records: Iterable[Record], predictions: Mapping[str, Predict] | None = None
+) -> tuple[FitRow, ...]:
+    """Predicted against real fit: reserved (or, in an estimate, allocated) memory and the measured context,
+    against the device's total less what others held.
+    """
+    runs = list(records)
+    rows = []
+    for name, predict in (STORED if predictions is None else predictions).items():
+        counts = {(predicted, real): 0 for predicted in (True, False) for real in (True, False)}
+        for record in runs:
+            report, found = predict(record), record.report.provenance
+            if report is None:
+                continue
+            needed = report.peak_reserved_bytes or report.peak_allocated_bytes
+            taken = (found.get("others_bytes") or 0) + (found.get("context_bytes") or 0)
+            counts[needed + taken <= record.device.total_bytes, record.report.out_of_memory is None] += 1
+        rows.append(
+            FitRow(
+                prediction=name,
+                right=counts[True, True] + counts[False, False],
+                fitted_against=counts[False, True],
+                failed_against=counts[True, False],
+            )
+        )
+    return tuple(rows)
+
+
 def family(setup: Mapping[str, Any]) -> str:
     """The family (config.json's model_type) of the model in a setup's JSON values, or "unknown"."""
     config = setup.get("model_config")
@@ -253,53 +295,3 @@ def family(setup: Mapping[str, Any]) -> str:
     if name not in catalog.models():
         return "unknown"
     return str(catalog.model(name).config.get("model_type", "unknown"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Nearest:
-    """A record for a setup: of exactly this one, or the nearest, with what is different in it."""
-
-    record: Record
-    differences: tuple[str, ...]
-
-    @property
-    def exact(self) -> bool:
-        """Whether it is a run of this very setup."""
-        return not self.differences
-
-    @property
-    def label(self) -> str:
-        """"measured", or "nearest measured run (seq_len 1024 instead of 512)"."""
-        if self.exact:
-            return "measured"
-        return f"nearest measured run ({', '.join(self.differences)})"
-
-
-def nearest_record(setup: Setup, records: Iterable[Record]) -> Nearest | None:
-    """The record of this setup, or of the setup that differs least; None where none has its model and method.
-
-    The latest of equal ones. Least: fewest different settings, then the smallest ratio between sizes.
-    """
-    wanted = setup.to_dict()
-    key = setup_key(wanted)
-    best: tuple[tuple[float, ...], Nearest] | None = None
-    for record in sorted(records, key=lambda record: record.date, reverse=True):
-        if record.key == key:
-            return Nearest(record=record, differences=())
-        if any(record.setup.get(name) != wanted[name] for name in ("model", "method")):
-            continue
-        names = [
-            name
-            for name in wanted
-            if name not in ("gpu", "model_config") and record.setup.get(name) != wanted[name]
-        ]
-        ratio = 1.0
-        for name in names:
-            ours, theirs = wanted[name], record.setup.get(name)
-            if name in _SIZES and ours and theirs:
-                ratio *= max(ours, theirs) / min(ours, theirs)
-        distance = (float(len(names)), ratio)
-        if best is None or distance < best[0]:
-            words = tuple(f"{name} {record.setup.get(name)} instead of {wanted[name]}" for name in names)
-            best = distance, Nearest(record=record, differences=words or ("another model_config",))
-    return best[1] if best else None

@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from planner.catalog.gpus import Gpu
 from planner.errors import PlannerError
 from planner.report import MemoryReport
+from planner.spec import Setup
 
-__all__ = ["SCHEMA", "Device", "Origin", "Prediction", "Record", "setup_key"]
+__all__ = [
+    "SCHEMA",
+    "Device",
+    "Nearest",
+    "Origin",
+    "Prediction",
+    "Record",
+    "nearest_record",
+    "setup_key",
+]
 
 SCHEMA = 1
 Origin = Literal["packaged", "own", "uploaded", "other"]
+_SIZES = ("micro_batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank", "adapter_size")
 _VERSIONS = ("torch", "cuda", "transformers", "peft", "accelerate", "planner")
 
 
@@ -159,6 +170,56 @@ class Record:
 def setup_key(setup: Mapping[str, Any]) -> str:
     """The setup's JSON values without the GPU they were planned for, in one order."""
     return json.dumps({k: v for k, v in setup.items() if k != "gpu"}, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nearest:
+    """A record for a setup: of exactly this one, or the nearest, with what is different in it."""
+
+    record: Record
+    differences: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is a run of this very setup."""
+        return not self.differences
+
+    @property
+    def label(self) -> str:
+        """"measured", or "nearest measured run (seq_len 1024 instead of 512)"."""
+        if self.exact:
+            return "measured"
+        return f"nearest measured run ({', '.join(self.differences)})"
+
+
+def nearest_record(setup: Setup, records: Iterable[Record]) -> Nearest | None:
+    """The record of this setup, or of the setup that differs least; None where none has its model and method.
+
+    The latest of equal ones. Least: fewest different settings, then the smallest ratio between sizes.
+    """
+    wanted = setup.to_dict()
+    key = setup_key(wanted)
+    best: tuple[tuple[float, ...], Nearest] | None = None
+    for record in sorted(records, key=lambda record: record.date, reverse=True):
+        if record.key == key:
+            return Nearest(record=record, differences=())
+        if any(record.setup.get(name) != wanted[name] for name in ("model", "method")):
+            continue
+        names = [
+            name
+            for name in wanted
+            if name not in ("gpu", "model_config") and record.setup.get(name) != wanted[name]
+        ]
+        ratio = 1.0
+        for name in names:
+            ours, theirs = wanted[name], record.setup.get(name)
+            if name in _SIZES and ours and theirs:
+                ratio *= max(ours, theirs) / min(ours, theirs)
+        distance = (float(len(names)), ratio)
+        if best is None or distance < best[0]:
+            words = tuple(f"{name} {record.setup.get(name)} instead of {wanted[name]}" for name in names)
+            best = distance, Nearest(record=record, differences=words or ("another model_config",))
+    return best[1] if best else None
 
 
 def _check(record: Record, stored: Mapping[str, Any]) -> None:

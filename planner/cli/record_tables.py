@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from planner.accuracy import ErrorRow, Row, SideBySide, share_error
+from planner.accuracy import ErrorRow, FitRow, Row, SideBySide, share_error
 from planner.cli.plain import columns
 from planner.record import Prediction, Record
 from planner.units import gib
 
-__all__ = ["error_table_text", "records_text", "side_by_side_text"]
+__all__ = ["error_table_text", "fit_table_text", "records_text", "side_by_side_text"]
 
 _QUANTITY = {"peak_allocated_bytes": "allocated", "peak_reserved_bytes": "reserved"}
 _ALWAYS = {"model", "method", "gpu", "model_config"}
@@ -60,6 +60,15 @@ def error_table_text(table: Sequence[ErrorRow]) -> str:
         return "No measured run to compare with yet."
     names = ("Runs of", "Prediction", "Memory", "Runs", "Median", "Worst over", "Worst under", "Without")
     return columns(names, rows, right=3)
+
+
+def fit_table_text(table: Sequence[FitRow]) -> str:
+    """Predicted against real fit."""
+    rows = [
+        (row.prediction.replace("_", " "), str(row.right), str(row.fitted_against), str(row.failed_against))
+        for row in table
+    ]
+    return columns(("Does it fit?", "Right", "Ran, though not to fit", "Failed, though to fit"), rows)
 
 
 def records_text(records: Sequence[Record]) -> str:

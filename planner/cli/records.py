@@ -142,8 +142,8 @@ def _merged(args: argparse.Namespace) -> Reply:
 
 
 def _accuracy(records: Sequence[Record], shelf: Shelf, *, again: bool) -> Reply:
-    from planner.accuracy import STORED, error_table
-    from planner.cli.record_tables import error_table_text
+    from planner.accuracy import STORED, error_table, fit_table
+    from planner.cli.record_tables import error_table_text, fit_table_text
 
     estimates = {record.key: _estimate(record) for record in records}
     predictions = {**STORED, "estimate_now": lambda record: estimates[record.key].report}
@@ -151,14 +151,18 @@ def _accuracy(records: Sequence[Record], shelf: Shelf, *, again: bool) -> Reply:
         simulations = _resimulated(records)
         predictions["simulation_now"] = lambda record: simulations[_run_key(record)].report
     table = error_table(records, predictions)
+    fits = fit_table(records, predictions)
     full = sum(record.report.out_of_memory is not None for record in records)
     text = error_table_text(table) if records else _nothing(shelf)
+    if records:
+        text += f"\n\n{fit_table_text(fits)}"
     if full:
         text += f"\n{full} more runs ended out of memory; they have no peak to compare."
     values = {
         "runs": len(records) - full,
         "out_of_memory": full,
         "accuracy": [row.to_dict() for row in table],
+        "fits": [row.to_dict() for row in fits],
         "unreadable": [str(line) for line in shelf.unreadable],
     }
     return _sentence(values if records else {**values, "message": text}, text)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 
 import pytest
 
 from planner import FullFineTuning, Setup, Training, estimate
-from planner.accuracy import GROUPS, error_table, family, nearest_record, share_error, side_by_side
+from planner.accuracy import GROUPS, error_table, family, fit_table, share_error, side_by_side
 from planner.errors import PlannerError, SetupError
 from planner.measure.selection import csv_text, filtered, of_set
-from planner.record import Device, setup_key
-from planner.report import PARTS
+from planner.record import Device, Record, nearest_record, setup_key
+from planner.report import PARTS, OutOfMemory
 from tests.measure.made_up import MIB, SETUP, made_record
 
 
@@ -92,6 +93,27 @@ def test_a_missing_prediction_is_counted_and_no_run_invented() -> None:
     rows = error_table([made_record()], {"simulation": lambda _record: None})
     assert [(row.runs, row.missing, row.median) for row in rows if row.group == "all"] == [(0, 1, None)]
     assert error_table([]) == ()
+
+
+def test_predicted_against_real_fit() -> None:
+    """1000 MiB, of which others hold 100 and the context 500: 400 are left."""
+    failure = OutOfMemory(phase="forward", requested_bytes=1, free_bytes=0)
+
+    def ran(reserved_factor: float, *, full: bool) -> Record:
+        record = made_record(simulation=reserved_factor)  # of 120 MiB reserved
+        if not full:
+            return record
+        report = dataclasses.replace(record.report, out_of_memory=failure)
+        return dataclasses.replace(record, report=report)
+
+    records = [
+        ran(400 / 120, full=False), ran(401 / 120, full=True), ran(402 / 120, full=False), ran(1, full=True),
+        ran(1, full=True),
+    ]
+    rows = {row.prediction: row for row in fit_table(records)}
+    assert (rows["simulation"].right, rows["simulation"].fitted_against) == (2, 1)
+    assert rows["simulation"].failed_against == 2
+    assert fit_table(records, {"none": lambda _record: None})[0].right == 0
 
 
 def test_the_nearest_record() -> None:
