@@ -73,7 +73,8 @@ class AttentionRules:
     ) -> str:
         capability = self.capability or _DEFAULT_CAPABILITY
         half = query.dtype in (torch.float16, torch.bfloat16)
-        grouped = enable_gqa and query.shape[1] != key.shape[1]
+        unequal = query.shape[1] != key.shape[1]  # check_batch_size_and_num_heads_dense
+        grouped, broadcast = unequal and enable_gqa, unequal and not enable_gqa
         same_head = query.shape[-1] == key.shape[-1] == value.shape[-1]
         head = query.shape[-1]
         usable = {
@@ -82,9 +83,10 @@ class AttentionRules:
             and mask is None
             and same_head
             and head <= _FLASH_HEAD_LIMIT
-            and (capability >= (8, 0))
+            and not broadcast
+            and capability >= (8, 0)
             and query.dim() == 4,
-            "efficient": (not grouped)
+            "efficient": not (grouped or broadcast)
             and (query.dtype != torch.bfloat16 or capability >= (8, 0))
             and head % self._alignment(query.dtype) == 0
             and query.dim() == 4,

@@ -69,13 +69,15 @@ def attended(
     gpu: str | None = None,
     pin: SDPBackend | None = None,
     backward: bool = False,
+    grouped: bool | None = None,
 ) -> Watched:
     query = meta(2, heads, 128, head, dtype=dtype, grad=backward)
     key, value = (meta(2, key_heads, 128, head, dtype=dtype, grad=backward) for _ in range(2))
     bias = meta(2, 1, 128, 128, dtype=mask if isinstance(mask, torch.dtype) else torch.bool) if mask else None
 
     def run() -> torch.Tensor:
-        out = F.scaled_dot_product_attention(query, key, value, bias, enable_gqa=key_heads != heads)
+        enabled = key_heads != heads if grouped is None else grouped
+        out = F.scaled_dot_product_attention(query, key, value, bias, enable_gqa=enabled)
         return out.sum() if backward else out
 
     if pin is None:
@@ -103,6 +105,7 @@ def kernel_of(seen: Watched) -> str:
         ({"key_heads": 2}, "flash"),  # and takes grouped heads
         ({"key_heads": 2, "mask": True}, "math"),  # as the efficient kernel does not
         ({"key_heads": 2, "dtype": SINGLE}, "math"),
+        ({"key_heads": 1, "grouped": False}, "math"),  # Falcon: one key head broadcast to all
         ({"head": 256}, "flash"),
         ({"head": 512}, "efficient"),  # check_head_dim_size_flash
         ({"head": 6, "dtype": SINGLE}, "math"),  # no multiple of 4
