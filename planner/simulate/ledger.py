@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from planner.report import PARTS
-from planner.simulate.allocator import CachingAllocator
+from planner.simulate.allocator import CachingAllocator, OutOfDeviceMemory
 
 __all__ = ["Ledger", "Moment", "TooManyEvents"]
 
@@ -56,6 +56,7 @@ class Ledger:
         self.last_step: int | None = None
         self.op = ""
         self.place: Any = None
+        self.failed_at: tuple[Any, Any] | None = None
         self.peak = Moment()
         self.totals = dict.fromkeys(PARTS, 0)
         self.events: list[int] = []
@@ -103,6 +104,11 @@ class Ledger:
         """A block that a library keeps for good."""
         self._malloc(size_bytes, "workspace")
 
+    def failed(self) -> None:
+        """Note who is asking: what runs while the error passes would be named instead."""
+        if self.failed_at is None:
+            self.failed_at = self.op, self.place
+
     def empty_cache(self) -> None:
         """Give back every segment that holds nothing, as `torch.cuda.empty_cache` does."""
         self.allocator.empty_cache()
@@ -111,14 +117,20 @@ class Ledger:
 
     def _malloc(self, size_bytes: int, part: str) -> tuple[int, int]:
         allocator = self.allocator
-        block = allocator.malloc(size_bytes)
+        try:
+            block = allocator.malloc(size_bytes)
+        except OutOfDeviceMemory:
+            self.failed()
+            raise
         size = allocator.block_bytes(block)
         self.totals[part] += size
         if allocator.allocated_bytes >= self.peak.allocated_bytes:
             self.peak = Moment(
                 allocator.allocated_bytes, self.totals.copy(), self.phase, self.step, self.op, self.place
             )
-        self._note()
+        self.events.append(allocator.allocated_bytes)
+        if len(self.events) > LARGEST_EVENT_COUNT:
+            raise TooManyEvents
         if self.trail is not None:
             self.trail.append((block, size_bytes, self.phase, self.step, self.op, self.place))
         return block, size
@@ -131,11 +143,6 @@ class Ledger:
 
     def _give_back(self, block: int) -> None:
         self.allocator.free(block)
-        self._note()
+        self.events.append(self.allocator.allocated_bytes)  # nothing here may raise: a weakref calls
         if self.trail is not None:
             self.trail.append((-block,))
-
-    def _note(self) -> None:
-        self.events.append(self.allocator.allocated_bytes)
-        if len(self.events) > LARGEST_EVENT_COUNT:
-            raise TooManyEvents

@@ -199,7 +199,7 @@ class Simulation:
         )
 
     def _failure(self, error: OutOfDeviceMemory) -> OutOfMemory:
-        site = self.site(self.ledger.op, self.ledger.place)
+        site = self.site(*(self.ledger.failed_at or (self.ledger.op, self.ledger.place)))
         return OutOfMemory(
             phase=self.phases[-1].name if self.phases else "load",
             requested_bytes=error.requested_bytes,
@@ -210,4 +210,5 @@ class Simulation:
 
     def _untraceable(self, error: Exception, advice: str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"{self.ledger.op or 'the model'} cannot be simulated ({reason}); {advice}."
+        op = self.ledger.failed_at[0] if self.ledger.failed_at else "the step"
+        return f"{op} cannot be simulated ({reason}); {advice}."

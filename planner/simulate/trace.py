@@ -162,10 +162,14 @@ class Tracer(TorchDispatchMode):
             if func in SCRATCH:
                 ledger.scratch(SCRATCH[func](args, made))
             return made  # on CUDA autograd writes into it; without values nothing is left to do
-        if func is aten._grouped_mm.default:
-            out = _grouped_mm(func, args, kwargs or {})
-        else:
-            out = func(*args, **(kwargs or {}))
+        try:
+            if func is aten._grouped_mm.default:
+                out = _grouped_mm(func, args, kwargs or {})
+            else:
+                out = func(*args, **(kwargs or {}))
+        except Exception:
+            ledger.failed()
+            raise
         if isinstance(out, torch.Tensor):
             if out.device.type == "meta":
                 ledger.record(out)
