@@ -17,5 +17,6 @@ pages = [
     st.Page("planner/dashboard/method.py", title="Method", icon=":material/function:"),
 ]
 page = st.navigation(pages, position="top")
+st.set_page_config(page_title=f"{page.title} | VRAM Planner")
 sidebar()
 page.run()

@@ -8,6 +8,7 @@ from planner.advise import Change, changes, grid, smallest_gpu
 from planner.compare import storage
 from planner.dashboard import figures, grid as squares, simulating, state, tables
 from planner.dashboard.answers import Answer, cards
+from planner.dashboard.links import MOST_TASKS, TASKS
 from planner.dashboard.steps import steps_alt, steps_figure, steps_table
 from planner.dashboard.words import NOT_COUNTED, method_title, peak_place, plain
 from planner.units import gib, percent
@@ -199,7 +200,11 @@ def _storage(shown: Answer) -> None:
 
 @st.fragment
 def _storage_of(shown: Answer) -> None:
-    tasks = st.number_input("Tasks", min_value=1, max_value=100_000, value=5, key="_tasks", width=160)
+    state.restore(TASKS)
+    tasks = st.number_input(
+        "Tasks", min_value=1, max_value=MOST_TASKS, value=5, key=TASKS, bind=state.binding(TASKS), width=160
+    )
+    state.keep(TASKS)
     needed = storage(shown.setup, int(tasks))
     copies = f"{tasks:,} full copies take **{gib(needed.full_copies_bytes)}**"
     if shown.is_full:

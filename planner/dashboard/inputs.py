@@ -176,7 +176,7 @@ def _actions() -> None:
     st.button("Reset", key="_reset", icon=":material/restart_alt:", on_click=state.reset, width="stretch")
     with st.popover("Copy link", icon=":material/link:", width="stretch"):
         st.caption("Every setting spelled out. Use the button at the right end of the line to copy it.")
-        st.code(link(str(st.context.url or ""), flat), language=None, wrap_lines=True)
+        st.code(link(str(st.context.url or ""), flat | state.linked()), language=None, wrap_lines=True)
     with st.popover("Copy command", icon=":material/terminal:", width="stretch"):
         st.caption("The same question in a shell. Use the button at the right end of the line to copy it.")
         shown = {**flat, "model": "config.json"} if state.config_text() else flat

@@ -1,6 +1,7 @@
 """A setup as a link and as a command, and a link read back: plain text, no streamlit.
 
-The keys are the fields' names. A link made here spells every value out and carries `v=1`.
+The keys are the fields' names. A link made here spells every value out and carries `v=1`. Beside the setup
+it holds `tasks`, and up to three pinned setups: `pin_1=model:gpt2~method:lora~gpu:t4~lora_rank:16`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,29 @@ from planner.dashboard.fields import Field, method_fields, parsed, spelled, trai
 from planner.errors import SetupError, nearest
 from planner.spec import METHODS, FullFineTuning, PeftOfSize, Setup
 
-__all__ = ["DEFAULTS", "VERSION", "command", "default_of", "link", "link_problems", "method_options"]
+__all__ = [
+    "DEFAULTS",
+    "MOST_TASKS",
+    "PINS",
+    "TASKS",
+    "VERSION",
+    "command",
+    "default_of",
+    "link",
+    "link_problems",
+    "method_options",
+    "pin_text",
+    "pin_values",
+]
 
 VERSION = "1"
+TASKS, MOST_TASKS = "tasks", 100_000  # of the disk space: the page's own input, no field of a setup
+PINS = ("pin_1", "pin_2", "pin_3")
 DEFAULTS = {"model": "meta-llama/Llama-3.1-8B", "method": "lora", "gpu": "rtx-4090"}
 _OWN_KEYS = {**DEFAULTS, "trainable_params": 4_000_000, "target_modules": "attention"}
 _LONGEST_TEXT = 200  # characters of a link's value; a model's id has at most 96 on the hub
+_LONGEST_PIN = 800  # a pin holds every value that is not the page's default
+_BETWEEN = "~"  # the values of a pin; unreserved in addresses (RFC 3986), and in no name of a model or layer
 _CLOSE = 0.75  # a key this similar to one of ours is a slip, others belong to somebody else
 
 
@@ -42,7 +60,7 @@ def link(base_url: str, flat: Mapping[str, Any]) -> str:
     """The address that shows this setup, every value spelled out; empty values are left out."""
     values = {"v": VERSION} | {key: spelled(value) for key, value in flat.items() if value is not None}
     address = base_url.partition("?")[0].partition("#")[0]
-    return f"{address}?{urlencode(values, quote_via=quote, safe='/,:')}"
+    return f"{address}?{urlencode(values, quote_via=quote, safe='/,:~')}"
 
 
 def command(flat: Mapping[str, Any], *, verb: str = "estimate") -> str:
@@ -57,6 +75,34 @@ def command(flat: Mapping[str, Any], *, verb: str = "estimate") -> str:
     return shlex.join(words)
 
 
+def pin_text(flat: Mapping[str, Any]) -> str:
+    """A setup as one value of a link: model, method and gpu, then what is not the page's default."""
+    method = str(flat["method"])
+    defaults = {f.name: default_of(f) for f in (*method_fields(method), *training_fields())}
+    chosen = {key: flat[key] for key in DEFAULTS if flat.get(key) is not None}
+    chosen |= {key: flat[key] for key in defaults if key in flat and flat[key] != defaults[key]}
+    return _BETWEEN.join(f"{key}:{'' if value is None else spelled(value)}" for key, value in chosen.items())
+
+
+def pin_values(text: str) -> dict[str, Any]:
+    """The flat values of a pin, defaults filled in. Raises SetupError, in one line, where it is none."""
+    if len(text) > _LONGEST_PIN:
+        raise SetupError(f"a pinned setup is too long: at most {_LONGEST_PIN} characters.")
+    given = dict(part.partition(":")[::2] for part in text.split(_BETWEEN))
+    if not given.get("model") or not given.get("method"):
+        raise SetupError("a pinned setup needs a model and a method, as in model:gpt2~method:lora.")
+    _check("method", given["method"], {})
+    _check_method(given["method"], given["model"])
+    fields = {f.name: f for f in (*method_fields(given["method"]), *training_fields())}
+    for key, value in given.items():
+        if key not in fields and key not in DEFAULTS:
+            raise SetupError(f"a pinned setup has no setting {key[:40]!r}; {nearest(key[:40], fields)}")
+        _check(key, value, fields)
+    values = {name: default_of(field) for name, field in fields.items()}
+    values |= {key: parsed(fields[key], value) for key, value in given.items() if key in fields}
+    return {key: given[key] for key in DEFAULTS if key in given} | values
+
+
 def link_problems(given: Mapping[str, list[str]]) -> dict[str, str]:
     """What a link says that cannot be: key -> one line. Such keys keep their defaults."""
     problems: dict[str, str] = {}
@@ -65,6 +111,9 @@ def link_problems(given: Mapping[str, list[str]]) -> dict[str, str]:
     for key, texts in given.items():
         text = texts[-1] if texts else ""
         try:
+            if key in PINS:
+                pin_values(text)
+                continue
             if len(text) > _LONGEST_TEXT:
                 raise SetupError(f"{key} is too long: at most {_LONGEST_TEXT} characters.")
             _check(key, text, own)
@@ -84,6 +133,9 @@ def _check(key: str, text: str, own: Mapping[str, Field]) -> None:
             raise SetupError(f"unknown method {text!r}; {nearest(text, METHODS)}")
     elif key == "gpu":
         gpu(text)
+    elif key == TASKS:
+        if not text.isdecimal() or not 1 <= int(text) <= MOST_TASKS:
+            raise SetupError(f"{TASKS} must be a whole number from 1 to {MOST_TASKS:,}.")
     elif key in own:
         _check_value(own[key], text)
     elif key not in _every_key():
@@ -117,4 +169,4 @@ def _check_value(field: Field, text: str) -> None:
 
 def _every_key() -> set[str]:
     fields = [*training_fields(), *(field for name in METHODS for field in method_fields(name))]
-    return {"v", "model", "method", "gpu"} | {field.name for field in fields}
+    return {"v", "model", "method", "gpu", TASKS, *PINS} | {field.name for field in fields}

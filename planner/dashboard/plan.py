@@ -6,7 +6,7 @@ import streamlit as st
 
 from planner.advise import largest_micro_batch
 from planner.compare import full_of
-from planner.dashboard import figures, recorded, simulating, state, tables
+from planner.dashboard import figures, packed, pinned, recorded, simulating, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
@@ -33,7 +33,7 @@ def page() -> None:
         _problem(problem, shown)
     _verdict(shown)
     if shown.chosen.not_known:
-        simulating.control(setup, prominent=True)
+        simulating.control(setup)
     nearest_change(shown)
     _cards(shown)
     _bars(shown)
@@ -42,6 +42,7 @@ def page() -> None:
         _table(shown)
     with right:
         beside_the_table(shown)
+    pinned.section(shown)
     details(shown)
 
 
@@ -127,6 +128,7 @@ def _largest_card(shown: Answer) -> None:
 def _bars(shown: Answer) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader("Where the memory goes", anchor=False, width="stretch")
+        pinned.control(shown)
         if not shown.chosen.not_known:
             simulating.control(shown.setup)
     st.plotly_chart(
@@ -162,6 +164,7 @@ def _table(shown: Answer) -> None:
             on_click="ignore",
             key="_json",
         )
+        packed.download(shown.setup)
 
 
 if __name__ == "__main__":  # streamlit runs a page's file as the main script

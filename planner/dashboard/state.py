@@ -12,7 +12,7 @@ from typing import Any, Literal
 import streamlit as st
 
 from planner.dashboard.fields import method_fields, spelled, training_fields
-from planner.dashboard.links import DEFAULTS, default_of, link_problems
+from planner.dashboard.links import DEFAULTS, PINS, TASKS, default_of, link_problems
 from planner.spec import METHODS, Setup
 
 __all__ = [
@@ -27,14 +27,20 @@ __all__ = [
     "keep",
     "last_good",
     "link_warnings",
+    "linked",
+    "pin",
+    "pins",
     "remember_good",
     "reset",
     "restore",
+    "show_pins_in_address",
+    "unpin",
     "use_config",
 ]
 
 CONFIG_TEXT = "_config_text"  # a pasted or uploaded config.json; not part of the link
 _KEPT, _WARNINGS, _CHECKED, _GOOD, _UNBOUND = "_kept", "_warnings", "_checked", "_good", "_unbound"
+_PINNED = "_pinned"
 
 
 def checked_link() -> None:
@@ -53,6 +59,7 @@ def checked_link() -> None:
         del st.query_params[key]
     st.session_state[_WARNINGS] = list(problems.values())
     st.session_state[_UNBOUND] = tuple(problems)
+    st.session_state[_PINNED] = [given[key][-1] for key in PINS if key in given and key not in problems]
 
 
 def binding(name: str) -> Literal["query-params"] | None:
@@ -80,6 +87,39 @@ def asked() -> dict[str, Any]:
         "gpu",
     ]
     return {name: st.session_state[name] for name in names if name in st.session_state}
+
+
+def linked() -> dict[str, Any]:
+    """What a link says beside the inputs: the number of tasks and the pinned setups."""
+    kept = st.session_state.get(_KEPT, {})
+    tasks = st.session_state.get(TASKS, kept.get(TASKS))
+    return {TASKS: tasks} | dict(zip(PINS, pins(), strict=False))
+
+
+def pins() -> tuple[str, ...]:
+    """The pinned setups, as links spell them."""
+    return tuple(st.session_state.get(_PINNED, ()))
+
+
+def pin(text: str) -> None:
+    """Pin a setup, at most three, none twice: a button's callback."""
+    found = list(dict.fromkeys([*pins(), text]))
+    st.session_state[_PINNED] = found[: len(PINS)]
+
+
+def unpin(text: str) -> None:
+    """Take a pin away: a button's callback."""
+    st.session_state[_PINNED] = [one for one in pins() if one != text]
+
+
+def show_pins_in_address() -> None:
+    """Write the pins into the page's address where they are not there yet."""
+    wanted = dict(zip(PINS, pins(), strict=False))
+    for key in PINS:
+        if key in wanted and st.query_params.get(key) != wanted[key]:
+            st.query_params[key] = wanted[key]
+        elif key not in wanted and key in st.query_params:
+            del st.query_params[key]
 
 
 def apply(changes: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from planner.export.settings import settings
 from planner.spec import PeftOfSize, Setup
 from planner.units import count, gib
 
-__all__ = ["REQUIREMENTS", "exported"]
+__all__ = ["REQUIREMENTS", "exported", "why_not"]
 
 REQUIREMENTS = (
     "accelerate>=1.15,<2",
@@ -34,20 +34,9 @@ def exported(setup: Setup) -> dict[str, str]:
     all values stand in settings.json. Raises SetupError for what no library runs as one step: a bare number
     of parameters, and the textbook recipe.
     """
-    if setup.model.is_bare or isinstance(setup.method, PeftOfSize):
-        raise SetupError(
-            f"{setup.model.id} with method {setup.method.name} has no layers to run; export needs a model's "
-            "id or config.json, and a method such as lora or full."
-        )
-    if setup.training.precision == "textbook":
-        raise SetupError(
-            "precision textbook is a sum worked by hand, no library runs it; export bf16, bf16-mixed or fp32."
-        )
-    if piece_name(setup.method) not in PIECES or setup.training.optimizer not in OPTIMIZERS:
-        raise SetupError(
-            f"export has no script for method {setup.method.name} with optimizer {setup.training.optimizer}; "
-            f"choose from {', '.join(PIECES)} and {', '.join(OPTIMIZERS)}."
-        )
+    reason = why_not(setup)
+    if reason:
+        raise SetupError(reason)
     values = settings(setup)
     return {
         "README.txt": _readme(setup, values),
@@ -56,6 +45,23 @@ def exported(setup: Setup) -> dict[str, str]:
         "settings.json": _json(values),
         "train.py": script(setup),
     }
+
+
+def why_not(setup: Setup) -> str | None:
+    """Why a setup has no files that run, in a line; None where it has."""
+    if setup.model.is_bare or isinstance(setup.method, PeftOfSize):
+        return (
+            f"{setup.model.id} with method {setup.method.name} has no layers to run; export needs a model's "
+            "id or config.json, and a method such as lora or full."
+        )
+    if setup.training.precision == "textbook":
+        return "precision textbook is a sum worked by hand, no library runs it; export bf16 or bf16-mixed."
+    if piece_name(setup.method) not in PIECES or setup.training.optimizer not in OPTIMIZERS:
+        return (
+            f"export has no script for method {setup.method.name} with optimizer {setup.training.optimizer}; "
+            f"choose from {', '.join(PIECES)} and {', '.join(OPTIMIZERS)}."
+        )
+    return None
 
 
 def _json(values: dict[str, Any]) -> str:

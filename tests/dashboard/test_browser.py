@@ -49,7 +49,7 @@ def query(page) -> dict[str, list[str]]:
 def test_the_first_load(open_page, size, mode) -> None:
     page = open_page(size=size, mode=mode)
     page.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
-    assert page.title() == "VRAM Planner"
+    assert page.title() == "Plan | VRAM Planner"
     assert page.locator("h1").all_inner_texts() == ["Does it fit?"]
     assert verdict(page).startswith(("Fits", "Tight", "Does not fit"))
     box = page.locator(VERDICT).last.bounding_box()
