@@ -121,7 +121,7 @@ def test_the_process_ends_with_its_parent() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    for _ in range(100):
+    for _ in range(400):
         if gone(pid):
             break
         time.sleep(0.1)
@@ -162,11 +162,11 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     python = stand_in(tmp_path, LOAD + "os.fork()\ntime.sleep(600)")
     began = time.monotonic()
     with Child(python=python) as process:
-        with pytest.raises(PlannerError, match=r"longer than 1 s \(in load\) and was ended") as caught:
-            list(process.events(time_limit_s=1))
+        with pytest.raises(PlannerError, match=r"longer than 4 s \(in load\) and was ended") as caught:
+            list(process.events(time_limit_s=4))
         assert gone(process.pid)  # what it had started as well
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_a_run_can_be_cancelled(tmp_path: Path) -> None:
