@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -33,7 +34,7 @@ def axis(name: str, current: int, limit: int | None = None) -> tuple[int, ...]:
 def grid_figure(cells: Sequence[Sequence[Cell]], current: tuple[int, int]) -> go.Figure:
     """Square markers, a trace for each word; the current setup has a frame. Sizes are GiB on the card."""
     known = [cell for row in cells for cell in row if cell.verdict is not None]
-    figure = go.Figure()
+    figure = go.Figure(layout=_layout(cells))
     figure.add_scatter(
         x=[f"{current[1]:,}"],
         y=[f"{current[0]:,}"],
@@ -67,6 +68,11 @@ def grid_figure(cells: Sequence[Sequence[Cell]], current: tuple[int, int]) -> go
             ),
             **_NOT_DIMMED,
         )
+    return figure
+
+
+def _layout(cells: Sequence[Sequence[Cell]]) -> dict[str, Any]:
+    """Given to the figure at once: `update_layout` takes several times as long."""
     batches = [f"{row[0].micro_batch_size:,}" for row in cells]
     seq_lens = [f"{cell.seq_len:,}" for cell in cells[0]]
     category = {
@@ -76,27 +82,26 @@ def grid_figure(cells: Sequence[Sequence[Cell]], current: tuple[int, int]) -> go
         "fixedrange": True,
         "ticks": "",
     }
-    figure.update_layout(
-        height=96 + 41 * len(batches),
-        margin={"l": 0, "r": 0, "t": 4, "b": 0},
-        xaxis={
+    return {
+        "height": 96 + 41 * len(batches),
+        "margin": {"l": 0, "r": 0, "t": 4, "b": 0},
+        "xaxis": {
             **category,
             "title": "Sequence length",
             "categoryarray": seq_lens,
             "range": [-0.6, len(seq_lens) - 0.4],
         },
-        yaxis={
+        "yaxis": {
             **category,
             "title": "Micro batch size",
             "categoryarray": batches,
             "range": [-0.6, len(batches) - 0.4],
         },
-        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
-        dragmode=False,
-        clickmode="event+select",
-        hoverlabel={"align": "left"},
-    )
-    return figure
+        "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        "dragmode": False,
+        "clickmode": "event+select",
+        "hoverlabel": {"align": "left"},
+    }
 
 
 def grid_alt(cells: Sequence[Sequence[Cell]]) -> str:

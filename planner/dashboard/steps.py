@@ -17,6 +17,10 @@ __all__ = ["steps_alt", "steps_figure", "steps_table"]
 def steps_figure(report: MemoryReport, verdict: Verdict | None = None) -> go.Figure:
     """A bar for each phase up to its highest point; the phase of the peak stands out."""
     peak = _peak(report)
+    highest_bytes = peak.peak_allocated_bytes
+    shows_card = verdict is not None and verdict.capacity_bytes < 3 * highest_bytes
+    if verdict is not None and shows_card:
+        highest_bytes = max(highest_bytes, verdict.capacity_bytes)
     figure = go.Figure(
         go.Bar(
             x=[_name(phase) for phase in report.phases],
@@ -30,23 +34,24 @@ def steps_figure(report: MemoryReport, verdict: Verdict | None = None) -> go.Fig
                 "%{x}<br><b>%{customdata[0]}</b> at its highest point<br>%{customdata[1]} at its end"
                 "<extra></extra>"
             ),
-        )
-    )
-    highest_bytes = peak.peak_allocated_bytes
-    if verdict is not None and verdict.capacity_bytes < 3 * highest_bytes:
-        figure.add_hline(y=verdict.capacity_bytes / GIB, line={"color": LINE, "width": 2, "dash": "dash"})
-        highest_bytes = max(highest_bytes, verdict.capacity_bytes)
-    figure.update_layout(
-        showlegend=False,
-        height=270,
-        bargap=0.25,
-        margin={"l": 0, "r": 0, "t": 8, "b": 0},
-        xaxis={"fixedrange": True, "ticks": "", "tickangle": -35},
-        yaxis={
-            "title": "GiB", "fixedrange": True, "range": [0, highest_bytes / GIB * 1.14], "nticks": 6,
-            "zeroline": False,
+        ),
+        layout={
+            "showlegend": False,
+            "height": 270,
+            "bargap": 0.25,
+            "margin": {"l": 0, "r": 0, "t": 8, "b": 0},
+            "xaxis": {"fixedrange": True, "ticks": "", "tickangle": -35},
+            "yaxis": {
+                "title": "GiB",
+                "fixedrange": True,
+                "range": [0, highest_bytes / GIB * 1.14],
+                "nticks": 6,
+                "zeroline": False,
+            },
         },
-    )  # fmt: skip
+    )
+    if verdict is not None and shows_card:
+        figure.add_hline(y=verdict.capacity_bytes / GIB, line={"color": LINE, "width": 2, "dash": "dash"})
     return figure
 
 
