@@ -19,9 +19,11 @@ __all__ = [
     "Method",
     "PeftConfig",
     "PeftOfSize",
+    "QLoRA",
 ]
 
 LoRABias = Literal["none", "all", "lora_only"]
+Quantization = Literal["nf4", "nf4-double", "int8"]
 AdapterKind = Literal["houlsby", "pfeiffer"]
 
 
@@ -60,6 +62,24 @@ class LoRA:
     def alpha(self) -> float:
         """The alpha in use: the given one, or 2 r."""
         return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLoRA(LoRA):
+    """LoRA over linear layers that bitsandbytes holds quantized (Dettmers et al. 2023, section 3).
+
+    `nf4` is 4 bits with an fp32 scale for each 64 numbers, `nf4-double` quantizes the scales too, `int8` is
+    8 bits with a scale for each row (LLM.int8). All that is not quantized is fp32, as
+    peft.prepare_model_for_kbit_training makes it; `precision` is the type that products are computed in.
+    """
+
+    name = "qlora"
+    quantization: Quantization = "nf4"
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could take. Raises SetupError."""
+        super().__post_init__()
+        choice("quantization", self.quantization, get_args(Quantization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +163,9 @@ class PeftConfig:
         return dict(json.loads(self.peft_config_json))
 
 
-Method = FullFineTuning | LoRA | Adapter | BitFit | PeftOfSize | PeftConfig
+Method = FullFineTuning | LoRA | QLoRA | Adapter | BitFit | PeftOfSize | PeftConfig
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (FullFineTuning, LoRA, Adapter, BitFit, PeftOfSize)
+    cls.name: cls for cls in (FullFineTuning, LoRA, QLoRA, Adapter, BitFit, PeftOfSize)
 }
 
 

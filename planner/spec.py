@@ -23,6 +23,7 @@ from planner.methods import (
     Method,
     PeftConfig,
     PeftOfSize,
+    QLoRA,
 )
 from planner.model import Model
 from planner.targets import PRESETS, adapter_places, adapts_experts, bias_tensors, lora_targets
@@ -36,6 +37,7 @@ __all__ = [
     "Method",
     "PeftConfig",
     "PeftOfSize",
+    "QLoRA",
     "Setup",
     "Training",
 ]
@@ -45,6 +47,7 @@ Optimizer = Literal["adamw", "adamw-fused", "sgd"]
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
+_QLORA_PRECISIONS = ("bf16", "fp16")  # what bitsandbytes computes in; all it leaves alone is fp32
 _FLASH_HEAD_LIMIT = 256  # aten/.../cuda/sdp_utils.cpp: check_head_dim_size_flash
 
 
@@ -119,6 +122,8 @@ class Setup:
         object.__setattr__(self, "gpu", gpu_named(gpu) if isinstance(gpu, str) else gpu)
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
+        if isinstance(self.method, QLoRA):
+            _check_qlora(self.method, self.training)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON values under the field names; `from_dict` gives an equal setup.
@@ -249,6 +254,19 @@ def _check_lora(model: Model, method: LoRA) -> None:
         raise SetupError(
             f"lora_dropout {method.lora_dropout:g} with experts among the targets is refused by peft; "
             "use lora_dropout 0, or attention as target_modules."
+        )
+
+
+def _check_qlora(method: QLoRA, training: Training) -> None:
+    if method.lora_bias != "none":
+        raise SetupError(
+            f"lora_bias {method.lora_bias} is not covered with qlora: bitsandbytes changes the type of a "
+            "layer's bias while it runs; use lora_bias none, or method lora."
+        )
+    if training.precision not in _QLORA_PRECISIONS:
+        raise SetupError(
+            f"method qlora computes in 16 bits over quantized weights, precision {training.precision} does "
+            f"not; choose {' or '.join(_QLORA_PRECISIONS)}."
         )
 
 

@@ -8,6 +8,11 @@ TABLES = {
         "simulation against published runs of a Tesla T4 (fitcheck-llm 0.3.1, MIT), MiB too much",
         f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'reserved':>9}",
     ),
+    "published_t4_qlora_runs": (
+        "simulation against published QLoRA runs of the same card: MiB too much, share too much",
+        f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'step':>8} {'peak':>8}"
+        f" {'reserved':>9}",
+    ),
     "published_t4_runs_estimated": (
         "estimate against the same published runs, share too much",
         f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'peak':>9}",

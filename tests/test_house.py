@@ -39,7 +39,7 @@ LIGHT = {
     "units",
     "version",
 }
-TORCH = {"torch", "transformers", "peft", "accelerate", "safetensors"}
+TORCH = {"torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes"}
 PAGE = {"streamlit", "plotly", "pandas"}
 THIRD_PARTY = {
     **dict.fromkeys(LIGHT | {"__init__", "__main__"}, frozenset[str]()),

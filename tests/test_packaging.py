@@ -110,7 +110,7 @@ def test_the_wheel_says_what_it_is(wheel: Path, description: Message) -> None:
     assert description["License-Expression"] == "Apache-2.0"
     assert description["License-File"] == "LICENSE"
     assert description["Requires-Python"] == ">=3.11"
-    assert set(description.get_all("Provides-Extra", [])) == {"simulate", "dashboard"}
+    assert set(description.get_all("Provides-Extra", [])) == {"simulate", "qlora", "dashboard"}
     body = description.get_payload()
     assert isinstance(body, str)
     assert body.strip() == (ROOT / "README.md").read_text().strip()
@@ -163,9 +163,11 @@ def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:
 def test_requirements_ask_for_the_same_ranges_as_the_distribution() -> None:
     everything = [
         *PROJECT["dependencies"],
-        *(row for rows in PROJECT["optional-dependencies"].values() for row in rows),
+        *(row for name in ("simulate", "dashboard") for row in PROJECT["optional-dependencies"][name]),
     ]
     assert ranges(lines("requirements.txt")) == ranges(everything)
+    assert ranges(lines("requirements-qlora.txt")) == ranges(PROJECT["optional-dependencies"]["qlora"])
+    assert set(PROJECT["optional-dependencies"]) == {"simulate", "dashboard", "qlora"}
 
 
 def test_the_page_without_torch_asks_for_the_core_and_the_dashboard() -> None:
@@ -175,7 +177,7 @@ def test_the_page_without_torch_asks_for_the_core_and_the_dashboard() -> None:
 
 def test_every_range_has_both_ends_and_holds_its_pin() -> None:
     pinned = pins()
-    for name, specifier in ranges(lines("requirements.txt")).items():
+    for name, specifier in ranges([*lines("requirements.txt"), *lines("requirements-qlora.txt")]).items():
         requirement = Requirement(f"{name}{specifier}")
         assert {s.operator for s in requirement.specifier} == {">=", "<"}, name
         assert requirement.specifier.contains(pinned[name]), f"{name}: {pinned[name]} is outside {specifier}"
@@ -186,6 +188,7 @@ def test_every_range_has_both_ends_and_holds_its_pin() -> None:
     [
         ("requirements.txt", "-c constraints.txt"),
         ("requirements-web.txt", "-c constraints.txt"),
+        ("requirements-qlora.txt", "-c constraints.txt"),
         ("tests/requirements.txt", "-c ../constraints.txt"),
     ],
 )

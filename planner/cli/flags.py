@@ -25,6 +25,7 @@ HELP: dict[str, str] = {
     "lora_dropout": "dropout before LoRA's first matrix, from 0 and below 1",
     "target_modules": "layers that get LoRA: names such as q_proj,v_proj, or attention, or all-linear",
     "lora_bias": "bias terms trained along with LoRA",
+    "quantization": "how bitsandbytes holds the linear layers under qlora",
     "adapter_kind": "bottleneck adapters: houlsby puts two in each layer, pfeiffer one",
     "adapter_size": "width of the adapter's bottleneck (default: 64)",
     "adapter_reduction_factor": "hidden size over the adapter's width, instead of --adapter-size",
@@ -61,9 +62,12 @@ def add_setup_flags(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
     names = "|".join(METHODS)
     method.add_argument("--method", metavar=names, help=f"{HELP['method']} (default: full)")
-    for cls in METHODS.values():
-        _add_fields(method, cls)
-    _add_fields(parser.add_argument_group("training"), Training)
+    fields = {item.name: (cls, item) for cls in METHODS.values() for item in dataclasses.fields(cls)}
+    for cls, item in fields.values():
+        _add_field(method, cls, item)
+    training = parser.add_argument_group("training")
+    for item in dataclasses.fields(Training):
+        _add_field(training, Training, item)
 
 
 def setup_from(args: argparse.Namespace) -> Setup:
@@ -78,15 +82,12 @@ def setup_from(args: argparse.Namespace) -> Setup:
     return Setup.from_dict(flat)
 
 
-def _add_fields(group: argparse._ArgumentGroup, cls: type[Any]) -> None:
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        text = HELP[item.name] + _default(item)
-        if hints[item.name] is bool:
-            group.add_argument(flag(item.name), action="store_true", help=text)
-        else:
-            metavar = _METAVARS.get(item.name) or _metavar(hints[item.name])
-            group.add_argument(flag(item.name), metavar=metavar, help=text)
+def _add_field(group: argparse._ArgumentGroup, cls: type[Any], item: dataclasses.Field[Any]) -> None:
+    hint, text = get_type_hints(cls)[item.name], HELP[item.name] + _default(item)
+    if hint is bool:
+        group.add_argument(flag(item.name), action="store_true", help=text)
+    else:
+        group.add_argument(flag(item.name), metavar=_METAVARS.get(item.name) or _metavar(hint), help=text)
 
 
 def _default(item: dataclasses.Field[Any]) -> str:

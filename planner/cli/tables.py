@@ -28,7 +28,7 @@ __all__ = [
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal
 _SOURCE_WORD = {"estimate": "predicted", "simulation": "simulated", "measurement": "measured"}
-_METHOD_WORD = {"lora": "LoRA", "adapter": "Adapters", "bitfit": "BitFit", "peft": "PEFT"}
+_METHOD_WORD = {"lora": "LoRA", "qlora": "QLoRA", "adapter": "Adapters", "bitfit": "BitFit", "peft": "PEFT"}
 Size = Callable[[float], str]
 
 

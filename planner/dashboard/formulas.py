@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES
 from planner.report import MemoryReport
-from planner.spec import Adapter, BitFit, LoRA, Setup
+from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup
 from planner.units import gib
 
 __all__ = ["Term", "terms"]
@@ -49,7 +49,25 @@ def terms(setup: Setup, report: MemoryReport) -> tuple[Term, ...]:
     return tuple(found)
 
 
+# Bytes of a quantized weight W of |W| numbers and d_out rows: planner/estimate/quantized.py.
+_QUANTIZED = {
+    "nf4": (r"\tfrac{|W|}{2} + 4 \tfrac{|W|}{64} + 64", "4 bits a number, an fp32 scale for each 64"),
+    "nf4-double": (
+        r"\tfrac{|W|}{2} + \tfrac{|W|}{64} + 4 \tfrac{|W|}{64 \cdot 256} + 1092",
+        "4 bits a number, an 8-bit scale for each 64 and an fp32 one for each 256 of these",
+    ),
+    "int8": (r"|W| + 4\, d_{\mathrm{out}}", "8 bits a number, an fp32 scale for each row"),
+}
+
+
 def _base_weights(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    if isinstance(setup.method, QLoRA):
+        formula, words = _QUANTIZED[setup.method.quantization]
+        return (
+            rf"\sum_{{\mathrm{{linear}}\ W}} \left( {formula} \right) + \sum_{{\mathrm{{others}}}} 4\, |W|",
+            f"P = {setup.model.parameters:,} parameters: {words} in linear layers; all others in fp32.",
+            "bitsandbytes, functional.py; peft, prepare_model_for_kbit_training",
+        )
     element = RECIPES[setup.training.precision].base
     return (
         r"\sum_{W} 512 \left\lceil \frac{e_w \, |W|}{512} \right\rceil \approx e_w P",

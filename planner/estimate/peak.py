@@ -9,7 +9,7 @@ from planner.estimate.resident import Resident, resident
 from planner.estimate.stack import Stack, has_formulas, stack
 from planner.estimate.workspace import workspace_bytes
 from planner.report import MemoryReport, Parts, Phase
-from planner.spec import PeftConfig, Setup
+from planner.spec import PeftConfig, QLoRA, Setup
 from planner.version import __version__
 
 __all__ = ["estimate"]
@@ -233,6 +233,8 @@ def _notes(setup: Setup) -> tuple[str, ...]:
         return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
     if isinstance(setup.method, PeftConfig):
         return ("What this peft method trains has no formula; run simulate for the whole peak.",)
+    if isinstance(setup.method, QLoRA):
+        return ("Activations over quantized weights have no formula; run simulate for the whole peak.",)
     if not has_formulas(setup):
         return (f"Activations of {setup.model.id} have no formula yet; run simulate for the whole peak.",)
     return ()

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from planner.estimate.parameters import TrainedTensor, parameters, trained_tensors
+from planner.estimate.quantized import tensor_sizes
 from planner.estimate.recipes import RECIPES, state_bytes
 from planner.report import Parameters
-from planner.spec import PeftOfSize, Setup
+from planner.spec import PeftOfSize, QLoRA, Setup
 from planner.units import MIB
 
 __all__ = ["MIN_BLOCK_BYTES", "Resident", "block_bytes", "resident"]
@@ -95,7 +96,11 @@ def resident(setup: Setup) -> Resident:
 def _resident(setup: Setup) -> Resident:
     recipe, optimizer = RECIPES[setup.training.precision], setup.training.optimizer
     trained = trained_tensors(setup)
-    weights = [(t.numel * recipe.base, t.layers) for t in setup.model.tensors if not t.tied_to]
+    if isinstance(setup.method, QLoRA):
+        kept = tensor_sizes(setup.model, setup.method)
+        weights = [(size, layers) for sizes, layers in kept for size in sizes]
+    else:
+        weights = [(t.numel * recipe.base, t.layers) for t in setup.model.tensors if not t.tied_to]
     gradients = _in_order([(t.numel * t.element_bytes, t.layers) for t in trained])
     states = _in_order(
         [(t.numel * state_bytes(recipe, optimizer, t.element_bytes) // 2, t.layers) for t in trained]

@@ -13,7 +13,7 @@ from planner.estimate.resident import block_bytes, packed_bytes
 from planner.estimate.tape import Moment, Tensor
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture
-from planner.spec import PeftConfig, PeftOfSize, Setup, Training
+from planner.spec import PeftConfig, PeftOfSize, QLoRA, Setup, Training
 from planner.units import MIB
 
 __all__ = ["Stack", "Stretch", "has_formulas", "stack"]
@@ -63,7 +63,7 @@ def has_formulas(setup: Setup) -> bool:
     shape = setup.model.architecture
     return (
         shape is not None
-        and not isinstance(setup.method, PeftConfig | PeftOfSize)
+        and not isinstance(setup.method, PeftConfig | PeftOfSize | QLoRA)
         and shape.family in TRAITS
     )
 

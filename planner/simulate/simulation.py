@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
+from planner.simulate.quantized_forms import quantized_forms
 from planner.simulate.trace import Modules, Tracer, head_of
 
 __all__ = ["Progress", "Simulation"]
@@ -69,6 +71,8 @@ class Simulation:
                 stack.enter_context(cuda_optimizers())
                 stack.enter_context(cuda_forms(self.rules))
                 stack.enter_context(cuda_autocast_functions())
+                stack.enter_context(quantized_forms())
+                stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", self.ledger.empty_cache))
                 stack.enter_context(self.tracer)
                 yield
         finally:

@@ -2,3 +2,8 @@
 
 Nothing in here knows a formula. A new method, optimizer or recipe is added here once.
 """
+
+import logging
+
+# Where it is installed, peft imports it, and it says which optional kernels it lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.spec import Setup
+from planner.spec import QLoRA, Setup
 from planner.training.attach import attached
 from planner.training.attention import attention_kernels
 from planner.training.build import loaded, skeleton
@@ -62,6 +62,10 @@ class TrainingRun:
             dtype=weight_dtype(setup.training.precision),
             eager=setup.training.attention == "eager",
         )
+        if isinstance(setup.method, QLoRA):
+            from planner.training.quantize import quantizable
+
+            self.net = quantizable(self.net, setup.method, weight_dtype(setup.training.precision))
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
@@ -72,7 +76,7 @@ class TrainingRun:
         """Load the model and attach the method: phases `load` and `attach`."""
         setup, training = self.setup, self.setup.training
         with self.phases("load", None):
-            loaded(self.net, self.device)
+            self._load()
             self._vocabulary = self.net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
             if training.activation_checkpointing:
                 self.net.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -86,6 +90,17 @@ class TrainingRun:
             self.optimizer = optimizer_for(training.optimizer, self.trained)
             if training.precision == "fp16-mixed":
                 self.scaler = torch.amp.GradScaler("cuda")
+
+    def _load(self) -> None:
+        """Weights on the device; for QLoRA quantized, and the others in fp32."""
+        setup = self.setup
+        if not isinstance(setup.method, QLoRA):
+            loaded(self.net, self.device)
+            return
+        from planner.training.quantize import load_quantized, prepare
+
+        load_quantized(self.net, self.device, weight_dtype(setup.training.precision))
+        prepare(self.net, activation_checkpointing=setup.training.activation_checkpointing)
 
     def step(self, number: int) -> None:
         """One optimizer step, all its micro batches included; phases carry the step's number."""

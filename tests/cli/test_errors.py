@@ -35,7 +35,7 @@ BAD = [
     (("estimate", *BARE, "--gpu", "rtx-5091"), "unknown GPU 'rtx-5091'; did you mean"),
     (("estimate", *BARE, "--gpu", "0GiB"), "is not a size"),
     (("estimate", *BARE, "--gpu", ""), "unknown GPU ''"),
-    (("estimate", *BARE, "--method", "loar"), "did you mean lora?"),
+    (("estimate", *BARE, "--method", "loar"), "did you mean lora, qlora?"),
     (("estimate", *BARE, "--method", "lora"), "is only a number of parameters"),
     (("estimate", *BARE, "--method", "peft"), "needs trainable_params"),
     (("estimate", *BARE, "--trainable-params", "-4e6"), "'-4e6' is not a number of parameters"),

@@ -29,6 +29,8 @@ def flat(method: str) -> dict[str, object]:
     values = {field.name: OTHER.get(field.name, default_of(field)) for field in fields}
     if "target_modules" in values:
         values["target_modules"] = "c_attn,c_proj"
+    if "quantization" in values:
+        values |= {"quantization": "int8", "precision": "fp16"}  # qlora takes 16-bit precisions only
     return {"model": model, "method": method, **values, "gpu": "t4"}
 
 
@@ -66,7 +68,7 @@ def test_the_command_asks_the_same_question(method: str, planner_command: Callab
     "key, text, says",
     [
         ("v", "2", "version"),
-        ("method", "lorra", "did you mean lora?"),
+        ("method", "lorra", "did you mean lora, qlora?"),
         ("gpu", "nonsense", "unknown GPU"),
         ("seq_len", "-5", "at least 1"),
         ("seq_len", "1e400", "must be a number"),

@@ -211,7 +211,7 @@ def test_the_method_page_puts_the_current_numbers_into_the_formulas(open_app) ->
     assert "14.04 GB" in text
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "adapter", "bitfit"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "adapter", "bitfit"])
 def test_every_model_of_the_catalogue_gets_a_verdict_or_a_clear_refusal(
     open_app, method, monkeypatch
 ) -> None:
