@@ -9,8 +9,11 @@ import argparse
 import dataclasses
 import re
 import types
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from planner.cli.peft_file import PREFIX, peft_method
+from planner.errors import SetupError
 from planner.spec import METHODS, Setup, Training
 from planner.units import parse_count
 
@@ -60,7 +63,7 @@ def add_setup_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar=_METAVARS["model"], help=HELP["model"])
     group.add_argument("--gpu", metavar=_METAVARS["gpu"], help=HELP["gpu"])
     method = parser.add_argument_group("method")
-    names = "|".join(METHODS)
+    names = "|".join((*METHODS, f"{PREFIX}PATH"))
     method.add_argument("--method", metavar=names, help=f"{HELP['method']} (default: full)")
     fields = {item.name: (cls, item) for cls in METHODS.values() for item in dataclasses.fields(cls)}
     for cls, item in fields.values():
@@ -74,12 +77,26 @@ def setup_from(args: argparse.Namespace) -> Setup:
     """The setup that the flags describe. Raises SetupError, in the words of the field."""
     given = vars(args)
     flat: dict[str, Any] = {key: given[key] for key in ("model", "method", "gpu") if key in given}
+    if str(flat.get("method", "")).startswith(PREFIX):
+        _check_alone(given)
+        flat |= peft_method(flat["method"])
     for cls in (*METHODS.values(), Training):
         hints = get_type_hints(cls)
         for item in dataclasses.fields(cls):
             if item.name in given:
                 flat[item.name] = _value(item.name, hints[item.name], given[item.name])
     return Setup.from_dict(flat)
+
+
+def _check_alone(given: Mapping[str, Any]) -> None:
+    """Raises SetupError for a flag of a method beside `--method peft:PATH`."""
+    for cls in METHODS.values():
+        for item in dataclasses.fields(cls):
+            if item.name in given:
+                raise SetupError(
+                    f"{flag(item.name)} does not belong to --method {PREFIX}PATH, whose file says it all; "
+                    "leave it out, or change the file."
+                )
 
 
 def _add_field(group: argparse._ArgumentGroup, cls: type[Any], item: dataclasses.Field[Any]) -> None:
