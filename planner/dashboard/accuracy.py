@@ -134,7 +134,7 @@ def _words(whose: str, runs: Sequence[Run]) -> None:
         st.caption(plain(line), width="stretch")
     if whose == "published":
         run = published_runs()[0]
-        st.caption(
+        st.markdown(
             f"Source: [{plain(run.source)}]({run.url}). Figures only; they are not our own measurements."
         )
 

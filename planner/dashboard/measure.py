@@ -48,6 +48,7 @@ def _here(setup: Setup, predicted: MemoryReport) -> None:
     if last is not None and last.active:
         if last.visitor == here.visitor().name:
             st.fragment(_running, run_every=_POLL_SECONDS)()
+            st.button("Cancel", key="_cancel_measurement", icon=":material/close:", on_click=_cancel)
         else:
             st.info("Another measurement is running on this machine.", icon=":material/hourglass_empty:")
         return
@@ -74,9 +75,7 @@ def _offer(setup: Setup, predicted: MemoryReport, gpu: DriverGpu) -> None:
     refused = st.session_state.pop(_REFUSED, None)
     if refused:
         st.warning(plain(refused), icon=":material/hourglass_empty:")
-    st.button(
-        "Measure", key="_measure", type="primary", icon=":material/speed:", on_click=_start, args=(setup,)
-    )
+    st.button("Measure", key="_measure", icon=":material/speed:", on_click=_start, args=(setup,))
 
 
 def _start(setup: Setup) -> None:
@@ -101,7 +100,6 @@ def _running() -> None:
             recorded.remember_live(last.record)
         st.rerun()
     measuring.stages(last)
-    st.button("Cancel", key="_cancel_measurement", icon=":material/close:", on_click=_cancel)
 
 
 def _simulation(setup: Setup, predicted: MemoryReport) -> None:
@@ -110,7 +108,7 @@ def _simulation(setup: Setup, predicted: MemoryReport) -> None:
         "The same training step, operation by operation, on tensors without storage, through a model of "
         "CUDA's allocator: no GPU, a few seconds."
     )
-    simulating.control(setup, prominent=True)
+    simulating.control(setup)
     one = next((one for one in simulating.simulated(setup) if one.setup == setup and one.report), None)
     if one is not None:
         st.markdown(plain(simulating.summary(one, predicted)))

@@ -73,7 +73,7 @@ def simulated_reports(setup: Setup) -> tuple[MemoryReport, ...]:
     return tuple(one.report for one in simulated(setup) if one.report is not None)
 
 
-def control(setup: Setup, *, prominent: bool = False) -> None:
+def control(setup: Setup) -> None:
     """The button, or what has become of it: waiting and running with Cancel, failed with the reason, done."""
     reason = why_not(setup)
     if reason:
@@ -84,7 +84,7 @@ def control(setup: Setup, *, prominent: bool = False) -> None:
     if refused:
         st.warning(plain(refused), icon=":material/hourglass_empty:")
     if any(one.active for one in stands):
-        st.fragment(_progress, run_every=_POLL_SECONDS)(setup)
+        _running(setup)
         return
     failed = [one for one in stands if one.state == "failed"]
     if failed:
@@ -92,15 +92,14 @@ def control(setup: Setup, *, prominent: bool = False) -> None:
     elif stands and stands[0].state == "done":
         _done(stands[0])
     else:
-        _button(setup, "Simulate this step", prominent=prominent)
+        _button(setup, "Simulate this step")
 
 
-def _button(setup: Setup, label: str, *, prominent: bool = False) -> None:
+def _button(setup: Setup, label: str) -> None:
     st.button(
         label,
         key="_simulate",
         icon=":material/play_arrow:",
-        type="primary" if prominent else "secondary",
         on_click=_ask,
         args=(setup,),
         help="Runs the real training step, operation by operation, on tensors without storage: no GPU, no "
@@ -125,6 +124,17 @@ def _cancel(setup: Setup) -> None:
     st.toast("The simulation was cancelled.", icon=":material/cancel:")
 
 
+def _running(setup: Setup) -> None:
+    """Progress, which draws itself again, and Cancel, which stands still beside it."""
+    with st.container(
+        horizontal=True, vertical_alignment="center", gap="small", width="content", key="_simulating"
+    ):
+        st.fragment(_progress, run_every=_POLL_SECONDS)(setup)
+        st.button(
+            "Cancel", key="_cancel_simulation", on_click=_cancel, args=(setup,), icon=":material/close:"
+        )
+
+
 def _progress(setup: Setup) -> None:
     """Runs again by itself until everything has ended, then the whole page does, once."""
     stands = simulated(setup)
@@ -134,11 +144,7 @@ def _progress(setup: Setup) -> None:
     wanted = _both(setup)
     done = len(wanted) - len(active)
     share = (done + active[0].share) / len(wanted)
-    with st.container(horizontal=True, vertical_alignment="center", gap="small", key="_simulating"):
-        st.progress(min(share, 1.0), text=plain(_stage(active[0])), width=260)
-        st.button(
-            "Cancel", key="_cancel_simulation", on_click=_cancel, args=(setup,), icon=":material/close:"
-        )
+    st.progress(min(share, 1.0), text=plain(_stage(active[0])), width=260)
 
 
 def _stage(one: Simulated) -> str:
