@@ -31,7 +31,7 @@ def quantized_forms() -> Iterator[None]:
     ops = torch.ops.bitsandbytes
     with ExitStack() as stack:
         for owner, name, form in (
-            (ops.gemm_4bit, "default", _gemm_4bit(ops.gemm_4bit.default)),
+            (ops.gemm_4bit, "default", _gemm_4bit),
             (ops.int8_vectorwise_quant, "default", _row_quantized),
             (ops, "int8_mixed_scaled_mm", _int8_product),
         ):
@@ -49,34 +49,28 @@ def _on_meta(form: Callable[..., Any], original: Callable[..., Any]) -> Callable
     return chosen
 
 
-def _gemm_4bit(original: Any) -> Any:
-    def gemm_4bit(
-        rows: torch.Tensor,
-        packed: torch.Tensor,
-        shape: Any,
-        absmax: torch.Tensor,
-        blocksize: int,
-        quant_type: str,
-        bias: torch.Tensor | None = None,
-        absmax_8bit: torch.Tensor | None = None,
-        absmax_code: torch.Tensor | None = None,
-        absmax_offset: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        nested = (absmax_8bit, absmax_code, absmax_offset)
-        width = rows.shape[-1]
-        fused = rows.numel() // width <= _FUSED_ROWS and width % blocksize == 0
-        if fused:
-            out: torch.Tensor = original(rows, packed, shape, absmax, blocksize, quant_type, bias, *nested)
-            return out
-        if (
-            absmax_8bit is not None and absmax_offset is not None
-        ):  # _dequant_linear_fallback: the scales first, then the weight
-            scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
-            absmax = scales + absmax_offset
-        weight = torch.empty(tuple(shape), dtype=rows.dtype, device=rows.device)
-        return F.linear(rows, weight, bias)
-
-    return gemm_4bit
+def _gemm_4bit(
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    shape: Any,
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: torch.Tensor | None = None,
+    absmax_8bit: torch.Tensor | None = None,
+    absmax_code: torch.Tensor | None = None,
+    absmax_offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """gemm_4bit: fused for a few rows, else the whole weight dequantized for the product."""
+    width = rows.shape[-1]
+    if rows.numel() // width <= _FUSED_ROWS and width % blocksize == 0:
+        return torch.empty((*rows.shape[:-1], shape[0]), dtype=rows.dtype, device=rows.device)
+    held = []  # _dequant_linear_fallback: the scales first, alive until the product is there
+    if absmax_8bit is not None and absmax_offset is not None:
+        held.append(torch.empty_like(absmax_8bit, dtype=torch.float32))
+        held.append(held[0] + absmax_offset)
+    weight = torch.empty(tuple(shape), dtype=rows.dtype, device=rows.device)
+    return F.linear(rows, weight, bias)
 
 
 def _row_quantized(

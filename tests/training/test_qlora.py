@@ -13,6 +13,7 @@ from planner.errors import SetupError
 from planner.estimate import estimate
 from planner.estimate.quantized import tensor_sizes
 from planner.simulate.run import simulate
+from planner.simulate.simulation import Simulation
 from planner.spec import LoRA, QLoRA, Setup, Training
 from planner.training import quantize
 from planner.training.recipe import no_autocast
@@ -166,3 +167,22 @@ def test_a_real_step_trains_the_adapters_alone(quantization: str, checkpointing:
     assert all("lora_" in name for name in changed)
     assert all(p.dtype == torch.float32 for p in run.trained)
     assert sum(p.numel() for p in run.trained) == estimate(setup).parameters.trainable
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("rows", "weight_bytes"), [(4, 0), (5, 256 * 512 * 2)])
+def test_a_product_holds_the_whole_weight_dequantized_but_for_few_rows(rows: int, weight_bytes: int) -> None:
+    """bitsandbytes, backends/cuda/ops.py: _GEMM_4BIT_CUSTOM_FLOOR_M is 4, then _dequant_linear_fallback."""
+    import bitsandbytes  # noqa: F401
+
+    simulation = Simulation()
+    with simulation.device(), torch.device("meta"):
+        packed = torch.empty(256 * 512 // 2, 1, dtype=torch.uint8)
+        absmax = torch.empty(256 * 512 // 64)
+        inputs = torch.empty(rows, 512, dtype=torch.bfloat16)
+        before = simulation.allocator.allocated_bytes
+        simulation.allocator.reset_peak()
+        out = torch.ops.bitsandbytes.gemm_4bit.default(inputs, packed, [256, 512], absmax, 64, "nf4")
+    workspace = simulation.tracer.workspaces.cublas_bytes if weight_bytes else 0
+    needed = out.numel() * 2 + weight_bytes + workspace
+    assert simulation.allocator.peak_allocated_bytes - before == needed
