@@ -54,7 +54,7 @@ class Ledger:
         self.phase = ""
         self.step: int | None = None
         self.last_step: int | None = None
-        self.op = ""
+        self.op: Any = ""
         self.place: Any = None
         self.failed_at: tuple[Any, Any] | None = None
         self.peak = Moment()

@@ -21,6 +21,7 @@ from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
+from planner.simulate.peft_forms import peft_forms
 from planner.simulate.quantized_forms import quantized_forms
 from planner.simulate.trace import Modules, Tracer, head_of
 
@@ -72,6 +73,7 @@ class Simulation:
                 stack.enter_context(cuda_forms(self.rules))
                 stack.enter_context(cuda_autocast_functions())
                 stack.enter_context(quantized_forms())
+                stack.enter_context(peft_forms(self.tracer))
                 stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", self.ledger.empty_cache))
                 stack.enter_context(self.tracer)
                 yield

@@ -34,6 +34,7 @@ _DATA_OPS = frozenset(
 _IN_PLACE_ONLY = frozenset(  # no rule for `meta`; on CUDA they change their arguments and allocate nothing
     {aten._amp_foreach_non_finite_check_and_unscale_.default, aten._amp_update_scale_.default}
 )
+_MASKS = (torch.bool, torch.uint8)
 _ANY_OPS = frozenset({aten.any.default, aten.any.dim, aten.any.dims})
 _PARTS_OF_PHASES = {"load": "base_weights", "attach": "adapter_weights"}  # elsewhere: a batch's inputs
 _LAST_SEQUENCE = 2**63  # AccumulateGrad carries the largest number
@@ -135,6 +136,7 @@ class Tracer(TorchDispatchMode):
         self.workspaces = workspaces
         self.modules = modules
         self.phase = ""
+        self.masks_hold = False  # where it is known that a mask leaves nothing out
         self._last_any = 0
         unshared_count()
 
@@ -147,6 +149,8 @@ class Tracer(TorchDispatchMode):
         if func in _IN_PLACE_ONLY:
             return args[0] if func is aten._amp_update_scale_.default else None
         if args and (func in _DATA_OPS or func is aten.index.Tensor) and _needs_values(func, args):
+            if self.masks_hold and func is aten.index.Tensor:
+                return self._all_chosen(args)
             raise TraceError(
                 f"{func} in {self._place() or 'the model'} decides by the values of a tensor, which a "
                 "simulation does not have; measure this model on a GPU instead."
@@ -185,6 +189,25 @@ class Tracer(TorchDispatchMode):
                 ledger.workspace(size)
         elif func in SCRATCH:
             ledger.scratch(SCRATCH[func](args, out))
+        return out
+
+    def _all_chosen(self, args: Sequence[Any]) -> torch.Tensor:
+        """Indexing by masks that are all true: CUDA finds their places first (`nonzero`, int64)."""
+        ledger = self.ledger
+        ledger.part, backward = self._part()
+        ledger.op, ledger.place = aten.index.Tensor, self._node_or_place(backward)
+        indices: list[torch.Tensor | None] = []
+        found_bytes = []
+        for index in args[1]:
+            if index is None or index.dtype not in _MASKS:
+                indices.append(index)
+                continue
+            places = torch.empty(index.numel(), index.dim(), dtype=torch.int64, device="meta")
+            found_bytes.append(places.numel() * 8)
+            indices.extend(places.unbind(1))
+        out: torch.Tensor = aten.index.Tensor(args[0], indices)
+        ledger.record(out)
+        ledger.scratch(found_bytes)
         return out
 
     def _answer(self, tensor: torch.Tensor) -> bool | int | float:
@@ -230,9 +253,8 @@ def _needs_values(func: Any, args: Sequence[Any]) -> bool:
     """Whether the size of the result is decided by values on the device; indexing does so by a mask."""
     if func is not aten.index.Tensor:
         return bool(args[0].device.type == "meta")
-    masks = (torch.bool, torch.uint8)
     return any(
-        index is not None and index.device.type == "meta" and index.dtype in masks for index in args[1]
+        index is not None and index.device.type == "meta" and index.dtype in _MASKS for index in args[1]
     )
 
 

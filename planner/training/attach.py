@@ -6,13 +6,14 @@ import warnings
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 from planner.errors import SetupError
 from planner.model import Model
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig
 
-__all__ = ["attached"]
+__all__ = ["attached", "move_trained"]
 
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "masked-lm": None}
 
@@ -40,6 +41,18 @@ def attached(net: nn.Module, model: Model, method: Method, *, low_memory: bool =
         f"method {method.name} with a bare number of trained parameters cannot be run; "
         "choose lora, adapter, bitfit or full."
     )
+
+
+def move_trained(net: nn.Module, device: torch.device) -> None:
+    """Bring trained parameters that peft has made elsewhere (TinyLoRA's vectors) to `device`, in place."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or parameter.device.type == device.type:
+                continue
+            if id(parameter) not in moved:
+                moved[id(parameter)] = nn.Parameter(parameter.detach().to(device))
+            module._parameters[name] = moved[id(parameter)]
 
 
 def _with_lora(net: nn.Module, model: Model, method: LoRA, *, low_memory: bool) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from planner.spec import QLoRA, Setup
-from planner.training.attach import attached
+from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
 from planner.training.build import loaded, skeleton
 from planner.training.optimizers import optimizer_for
@@ -86,6 +86,7 @@ class TrainingRun:
             meta = self.device.type == "meta"
             self.net = attached(self.net, setup.model, setup.method, low_memory=meta)
             self.net.train()
+            move_trained(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
             self.optimizer = optimizer_for(training.optimizer, self.trained)
             if training.precision == "fp16-mixed":

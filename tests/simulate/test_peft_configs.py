@@ -41,9 +41,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "P_TUNING": VIRTUAL | {"encoder_hidden_size": 32},
     "RANDLORA": TARGETS | {"r": 8},
     "ROAD": TARGETS,
+    "TINYLORA": TARGETS,
     "TRAINABLE_TOKENS": {"token_indices": [0, 1]},
     "VBLORA": TARGETS | {"vector_length": 32, "num_vectors": 8},
     "VERA": TARGETS | {"r": 8},
+    "WAVEFT": TARGETS | {"n_frequency": 64},
 }
 
 
