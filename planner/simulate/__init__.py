@@ -21,9 +21,9 @@ def simulate(setup: Setup, **options: Any) -> MemoryReport:
 
 
 def simulate_step(
-    build: Callable[[], Any], step: Callable[[Any], Any], *, gpu: Gpu | str | None = None
+    build: Callable[[], Any], step: Callable[[Any], Any], *, gpu: Gpu | str | None = None, **options: Any
 ) -> MemoryReport:
-    """The memory of anyone's own training step, simulated; see `planner.simulate.own_step`."""
+    """The memory of anyone's own training step; see `planner.simulate.own_step.simulated_own_step`."""
     from planner.simulate.own_step import simulated_own_step as simulated
 
-    return simulated(build, step, gpu=gpu)
+    return simulated(build, step, gpu=gpu, **options)
