@@ -135,20 +135,22 @@ def _words(whose: str, runs: Sequence[Run]) -> None:
     if whose == "published":
         run = published_runs()[0]
         st.markdown(
-            f"Source: [{plain(run.source)}]({run.url}). Figures only; they are not our own measurements."
+            f"Source: [{plain(run.source)}]({run.url}). Figures only; they are not our own measurements. "
+            "Formulas and simulations are this project's."
         )
 
 
 def _cards(runs: Sequence[Run]) -> None:
     """Four cards for this version's formula; where others were made, all of them as a table."""
     found = spread(runs, "estimate_now")
+    st.markdown(f"**{PREDICTIONS['estimate_now']}**")
     with st.container(horizontal=True, gap="small"):
         st.metric("Runs", f"{found.runs:,}", border=True, height="stretch")
         st.metric("Median error", _median(found.median), border=True, height="stretch")
         st.metric("Worst above", _edge(found.over), border=True, height="stretch")
         st.metric("Worst below", _edge(found.under), border=True, height="stretch")
     made = [(title, spread(runs, name)) for name, title in PREDICTIONS.items()]
-    made.append(("Reserved memory: simulation, when it was measured", reserved_spread(runs)))
+    made.append(("Simulation, peak of reserved memory", reserved_spread(runs)))
     lines = [
         [title, f"{one.runs:,}", _median(one.median), _edge(one.over), _edge(one.under)]
         for title, one in made
@@ -169,7 +171,9 @@ def _groups(runs: Sequence[Run]) -> None:
         for value in values:
             inside = [run for run in runs if of(run) == value]
             found = spread(inside, "estimate_now")
-            edges = [_median(found.median), _edge(found.over), _edge(found.under)]
+            edges = ["\N{EN DASH}"] * 3
+            if found.runs:
+                edges = [_median(found.median), _edge(found.over), _edge(found.under)]
             simulated = _median(spread(inside, "simulation").median)
             lines.append([f"{title}: {escape(value)}", f"{found.runs:,}", *edges, simulated])
     if lines:
@@ -184,14 +188,14 @@ def _worst(runs: Sequence[Run]) -> None:
         [
             _title(run),
             gib(run.measured_bytes),
-            gib(run.predicted_bytes["estimate_now"]),
+            _size(run, "estimate_now"),
             _error(run.error("estimate_now")),
             _error(run.error("simulation")),
         ]
-        for run in worst(runs, "estimate_now")
+        for run in worst(runs)
     ]
     head = ["Run", "Measured", "Formula", "Its error", "Simulation's error"]
-    _table(head, lines, runs, alt="The five runs with the largest errors of the formula")
+    _table(head, lines, runs, alt="The five runs with the largest errors")
 
 
 def _table(head: list[str], lines: list[list[str]], runs: Sequence[Run], *, alt: str) -> None:
@@ -248,7 +252,7 @@ def _title(run: Run) -> str:
 
 def _size(run: Run, prediction: str) -> str:
     size = run.predicted_bytes.get(prediction)
-    return "" if size is None else gib(size)
+    return "not known" if size is None else gib(size)
 
 
 def _error(share: float | None) -> str:

@@ -38,7 +38,7 @@ __all__ = [
 PREDICTIONS = {
     "estimate_now": "Formula, this version",
     "estimate": "Formula, when it was measured",
-    "simulation": "Simulation, when it was measured",
+    "simulation": "Simulation",
 }
 
 
@@ -118,9 +118,14 @@ def _spread(shares: Iterable[float | None]) -> Spread:
     )
 
 
-def worst(runs: Iterable[Run], prediction: str, most: int = 5) -> list[Run]:
-    """The runs of which this prediction errs most, worst first."""
-    found = [(abs(error), run) for run in runs if (error := run.error(prediction)) is not None]
+def worst(runs: Iterable[Run], most: int = 5) -> list[Run]:
+    """The runs with the largest errors, worst first: the formula's, the simulation's where there is none."""
+    found = []
+    for run in runs:
+        error = run.error("estimate_now")
+        error = run.error("simulation") if error is None else error
+        if error is not None:
+            found.append((abs(error), run))
     return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)[:most]]
 
 
@@ -155,6 +160,7 @@ def recorded_run(record: Record) -> Run:
 def published_run(run: PublishedRun) -> Run:
     """A run that others published, with this version's estimate of it."""
     setup = {key: value for key, value in run.setup.items() if key != "gpu"}
+    simulated = {} if run.simulated_allocated_bytes is None else {"simulation": run.simulated_allocated_bytes}
     return Run(
         setup=setup,
         origin="published",
@@ -163,7 +169,8 @@ def published_run(run: PublishedRun) -> Run:
         date="",
         measured_bytes=run.peak_allocated_bytes,
         measured_reserved_bytes=run.peak_reserved_bytes,
-        predicted_bytes=_with_now(setup, gpu_named(str(run.setup["gpu"])), {}),
+        predicted_bytes=_with_now(setup, gpu_named(str(run.setup["gpu"])), simulated),
+        reserved_simulated_bytes=run.simulated_reserved_bytes,
         source=f"{run.source}, {run.id}",
     )
 

@@ -55,7 +55,7 @@ def soon(holds: Callable[[], object], what: str, seconds: float = 30) -> None:
 
 def simulate(page) -> None:
     """Press the button and wait for its end."""
-    page.locator(".st-key-_simulate button").first.click()
+    page.locator(".st-key-_simulate button:visible").click()
     page.get_by_text("Simulated peak").first.wait_for(timeout=120_000)
     settle(page)
 
@@ -108,17 +108,17 @@ def test_a_simulation_adds_rows_and_torch_stays_out_of_the_server(start_server, 
 def test_cancel_ends_the_process_and_a_crash_is_one_line(start_server, open_page) -> None:
     server = start_server()
     page = open_page(LARGE, at=server.address)
-    page.locator(".st-key-_simulate button").first.click()
+    page.locator(".st-key-_simulate button:visible").click()
     page.locator(".st-key-_cancel_simulation button").wait_for(timeout=30_000)
     soon(lambda: workers_of(server.process.pid), "a process")
     (worker,) = workers_of(server.process.pid)
     settle(page)  # the button has found its place
     page.locator(".st-key-_cancel_simulation button").click()
     soon(lambda: gone(worker), "its end")
-    page.locator(".st-key-_simulate button").first.wait_for(timeout=30_000)
+    page.locator(".st-key-_simulate button:visible").wait_for(timeout=30_000)
     settle(page)
 
-    page.locator(".st-key-_simulate button").first.click()
+    page.locator(".st-key-_simulate button:visible").click()
     soon(lambda: workers_of(server.process.pid), "another process")
     (worker,) = workers_of(server.process.pid)
     os.kill(worker, signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_cancel_ends_the_process_and_a_crash_is_one_line(start_server, open_page
 def test_no_process_outlives_its_server(start_server, open_page, how) -> None:
     server = start_server()
     page = open_page(LARGE, at=server.address)
-    page.locator(".st-key-_simulate button").first.click()
+    page.locator(".st-key-_simulate button:visible").click()
     soon(lambda: workers_of(server.process.pid), "a process")
     (worker,) = workers_of(server.process.pid)
     page.goto("about:blank")  # or the page reports the lost connection
@@ -145,7 +145,7 @@ def test_no_process_outlives_its_server(start_server, open_page, how) -> None:
 def test_a_closed_tab_takes_its_running_simulation_along(start_server, open_page) -> None:
     server = start_server()
     page = open_page(LARGE, at=server.address)
-    page.locator(".st-key-_simulate button").first.click()
+    page.locator(".st-key-_simulate button:visible").click()
     soon(lambda: workers_of(server.process.pid), "a process")
     (worker,) = workers_of(server.process.pid)
     page.context.close()
