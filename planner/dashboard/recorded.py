@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import streamlit as st
@@ -11,7 +10,7 @@ from planner.accuracy import Nearest, nearest_record
 from planner.dashboard.uploads import Upload, uploaded
 from planner.errors import PlannerError
 from planner.measure.records import PACKAGED, Shelf, records_dir, shelf
-from planner.record import Record
+from planner.record import Record, setup_key
 from planner.report import MemoryReport
 from planner.spec import Setup
 
@@ -80,15 +79,12 @@ def nearest_run(setup: Setup) -> Nearest | None:
 def measured_reports(*setups: Setup) -> tuple[MemoryReport, ...]:
     """What our own records say of exactly these setups; runs that ended out of memory have no peak."""
     try:
-        records = _comparable(recorded().records)
+        reports = _reports(_stamp())
     except PlannerError:
         return ()  # the pages Measure and Accuracy say what is wrong
-    found = (nearest_record(setup, records) for setup in setups)
-    return tuple(one.record.report for one in found if one is not None and one.exact)
-
-
-def _comparable(records: Iterable[Record]) -> list[Record]:
-    return [r for r in records if r.report.out_of_memory is None and r.origin != "uploaded"]
+    if not reports:
+        return ()
+    return tuple(reports[key] for setup in setups if (key := setup_key(setup.to_dict())) in reports)
 
 
 def _stamp() -> tuple[tuple[str, int, int], ...]:
@@ -110,3 +106,10 @@ def _file_stamp(path: Path) -> tuple[str, int, int]:
 @st.cache_resource(max_entries=2, show_spinner=False)
 def _shelf(stamp: tuple[tuple[str, int, int], ...]) -> Shelf:
     return shelf()
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _reports(stamp: tuple[tuple[str, int, int], ...]) -> dict[str, MemoryReport]:
+    """The latest report of our own for each setup; the Plan page asks on every run of its script."""
+    records = [r for r in _shelf(stamp).records if r.origin != "uploaded" and r.report.out_of_memory is None]
+    return {record.key: record.report for record in sorted(records, key=lambda record: record.date)}
