@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 WIDTH = 100  # columns of the outputs in README.md
+PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -215,7 +217,33 @@ def rewritten(text: str) -> str:
 
     for what, number in catalogue_counts().items():
         text = re.sub(rf"\(\d+ {what}\)", f"({number} {what})", text)
+    text = PUBLISHED.sub(lambda found: found[1] + published_table() + found[2], text)
     return BLOCK.sub(fresh, text)
+
+
+def published_table() -> str:
+    """The published runs against the packaged simulations and today's estimates, peak allocated memory."""
+    from planner import Setup, estimate
+    from planner.measure.published import published_runs
+
+    def row(label: str, errors: list[float]) -> str:
+        middle = statistics.median(errors)
+        return f"| {label} | {len(errors)} | {middle:+.2%} | {max(errors):+.2%} | {min(errors):+.2%} |"
+
+    rows = ["| prediction | runs | median | worst over | worst under |", "| --- | --- | --- | --- | --- |"]
+    for method, name in (("lora", "LoRA"), ("qlora", "QLoRA, nf4")):
+        runs = [run for run in published_runs() if run.setup["method"] == method]
+        errors = [run.simulated_allocated_bytes / run.peak_allocated_bytes - 1 for run in runs]
+        rows.append(row(f"simulation, {name}", errors))
+        if method == "lora":
+            estimates = [estimate(Setup.from_dict(run.setup)).peak_allocated_bytes for run in runs]
+            errors = [size / run.peak_allocated_bytes - 1 for size, run in zip(estimates, runs, strict=True)]
+            rows.append(row(f"formulas, {name}", errors))
+    return "\n".join(rows).replace("%", " %").replace("-0.00 %", "0.00 %").replace("+0.00 %", "0.00 %") + "\n"
+
+
+def test_the_table_of_published_runs_is_today_s() -> None:
+    assert f"<!-- published -->\n{published_table()}<!-- end -->" in README.read_text()
 
 
 if __name__ == "__main__":
