@@ -156,9 +156,10 @@ def test_without_permission_it_says_so_and_offers_the_rest(open_measure) -> None
 
 
 def test_permission_is_one_word_and_nothing_else(open_measure, monkeypatch) -> None:
-    for value in ("0", "true", "yes", ""):
+    monkeypatch.setattr(here, "gpus", Cached((GPU,)))
+    for value in ("0", "true", "yes", "", "1"):
         monkeypatch.setenv("PLANNER_ALLOW_MEASURE", value)
-        assert "_measure" not in keys(open_measure())
+        assert ("_measure" in keys(open_measure(**PYTHIA))) == (value == "1")
 
 
 def test_without_a_gpu_it_says_so(open_measure, monkeypatch) -> None:

@@ -34,7 +34,13 @@ def put(*path: str, value: Any) -> bytes:
             record = record[name]
         record[path[-1]] = value
 
-    return changed(change)
+    def change_alike(record: dict[str, Any]) -> None:
+        change(record)
+        if path[0] == "setup" and path[-1] != "seq_len":  # the reports carry their setup, too
+            for name in ("report", "estimate", "simulation"):
+                record[name]["setup"] = record["setup"]
+
+    return changed(change_alike)
 
 
 def test_records_come_in_and_stay_apart() -> None:
