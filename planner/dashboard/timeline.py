@@ -14,7 +14,7 @@ from planner.units import GIB, gib
 __all__ = ["phases_beside", "timeline_alt", "timeline_figure"]
 
 _SIMULATED, _PREDICTED = PART_COLOURS["base_weights"], PART_COLOURS["temporaries"]
-_LONGEST_SITE = 46
+_LONGEST_OP = 30
 
 
 def timeline_figure(one: Simulated, predicted: MemoryReport, verdict: Verdict | None = None) -> go.Figure:
@@ -50,7 +50,7 @@ def timeline_figure(one: Simulated, predicted: MemoryReport, verdict: Verdict | 
     figure.add_annotation(
         x=xs[peak_at],
         y=ys[peak_at] / GIB,
-        text=f"<b>{gib(report.peak_allocated_bytes)}</b> {_site(report)}",
+        text=f"<b>{gib(report.peak_allocated_bytes)}</b> {_op(report)}",
         showarrow=False,
         xanchor="right" if late else "left",
         yanchor="bottom",
@@ -137,13 +137,18 @@ def _add_predicted(figure: go.Figure, one: Simulated, predicted: MemoryReport) -
 
 
 def _site(report: MemoryReport) -> str:
-    """Operation and module at the peak, short enough for the figure."""
+    """Operation and module at the peak."""
+    site = report.peak_site
+    return f"{_op(report)} in {site.module}" if site is not None and site.module else _op(report)
+
+
+def _op(report: MemoryReport) -> str:
+    """The operation at the peak, short enough to stand in the figure; the phase where it is not known."""
     site = report.peak_site
     if site is None or not site.op:
         return phase_title(report.peak_phase).lower()
     op = site.op.removeprefix("aten.").removesuffix(".default")
-    text = f"{op} in {site.module}" if site.module else op
-    return text if len(text) <= _LONGEST_SITE else f"{text[: _LONGEST_SITE - 3]}..."
+    return op if len(op) <= _LONGEST_OP else f"{op[: _LONGEST_OP - 3]}..."
 
 
 def _name(name: str, step: int | None) -> str:
