@@ -113,7 +113,6 @@ def _method(model: Model | None) -> str:
         key="method",
         bind=state.binding("method"),
         required=True,
-        width="stretch",
         on_change=state.dismiss_warnings,
     )
     name = str(chosen or default)

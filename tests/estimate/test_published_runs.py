@@ -6,48 +6,23 @@ fitcheck-llm 0.3.1 (PyPI, MIT). No number in the formulas was fitted to them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner.estimate import estimate
-from planner.spec import LoRA, Setup, Training
 from planner.units import MIB
+from tests.published import lora_runs, setup_of, title
 
-RUNS = json.loads((Path(__file__).parent.parent / "data" / "published_t4_runs.json").read_text())["runs"]
-
-
-def _setup(run: dict[str, Any]) -> Setup:
-    lora = run["lora"]
-    return Setup(
-        model=run["model"],
-        method=LoRA(
-            lora_rank=lora["rank"], lora_alpha=lora["alpha"], target_modules=tuple(lora["target_modules"])
-        ),
-        training=Training(
-            micro_batch_size=run["micro_batch_size"],
-            seq_len=run["seq_len"],
-            precision="fp16",
-            attention=run["attention"],
-            activation_checkpointing=True,
-        ),
-        gpu="t4",
-    )
+RUNS = lora_runs()
 
 
-def _title(run: dict[str, Any]) -> str:
-    name = run["model"].rpartition("/")[2]
-    return f"{name} {run['micro_batch_size']} x {run['seq_len']} {run['attention']} {run['id'][-5:]}"
-
-
-@pytest.mark.parametrize("run", RUNS, ids=_title)
+@pytest.mark.parametrize("run", RUNS, ids=title)
 def test_a_published_run_is_estimated_within_one_percent(
     run: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    report = estimate(_setup(run))
+    report = estimate(setup_of(run))
     phases = {phase.name: phase for phase in report.phases}  # of the second step
     measured = run["measured_mib"]
     off = {
@@ -58,7 +33,7 @@ def test_a_published_run_is_estimated_within_one_percent(
         "peak": report.peak_allocated_bytes / MIB / measured["peak_allocated"] - 1,
     }
     cells = " ".join(f"{value:>+9.2%}" for value in off.values())
-    record_property("published_t4_runs_estimated", f"{_title(run):<62} {cells}")
+    record_property("published_t4_runs_estimated", f"{title(run):<62} {cells}")
     assert report.parameters.total == run["total_params"]
     assert report.parameters.trainable == run["trainable_params"]
     assert {name: value for name, value in off.items() if abs(value) > 0.01} == {}

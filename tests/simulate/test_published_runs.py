@@ -7,44 +7,19 @@ fitted here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner.simulate.run import simulate
-from planner.spec import LoRA, Setup, Training
 from planner.training.run import Loop
 from planner.units import MIB
+from tests.published import lora_runs, setup_of, title
 
-RUNS = json.loads((Path(__file__).parent.parent / "data" / "published_t4_runs.json").read_text())["runs"]
+RUNS = lora_runs()
 # Their step says `outputs = model(**batch)` with labels = input ids, and looks at steps after the first.
 LOOP = Loop(keep_outputs=True, separate_labels=False)
-
-
-def setup_of(run: dict[str, Any]) -> Setup:
-    lora = run["lora"]
-    return Setup(
-        model=run["model"],
-        method=LoRA(
-            lora_rank=lora["rank"], lora_alpha=lora["alpha"], target_modules=tuple(lora["target_modules"])
-        ),
-        training=Training(
-            micro_batch_size=run["micro_batch_size"],
-            seq_len=run["seq_len"],
-            precision="fp16",
-            attention=run["attention"],
-            activation_checkpointing=True,
-        ),
-        gpu="t4",
-    )
-
-
-def title(run: dict[str, Any]) -> str:
-    name = run["model"].rpartition("/")[2]
-    return f"{name} {run['micro_batch_size']} x {run['seq_len']} {run['attention']} {run['id'][-5:]}"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=title)
