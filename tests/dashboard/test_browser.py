@@ -153,7 +153,7 @@ def test_downloads_hold_the_numbers_on_the_page(open_page) -> None:
 def test_wrong_values_in_a_link_are_named_and_the_defaults_stay(open_page) -> None:
     page = open_page("?gpu=nonsense&seq_len=-5&method=lorra")
     said = " ".join(page.locator(VERDICT).all_inner_texts())
-    for part in ("unknown GPU 'nonsense'", "seq_len must be", "did you mean lora?"):
+    for part in ("unknown GPU 'nonsense'", "seq_len must be", "did you mean lora, qlora?"):
         assert part in said
     assert verdict(page).startswith(("Fits", "Tight"))
     assert query(page) == {}

@@ -48,7 +48,7 @@ def test_a_pin_holds_only_what_is_not_the_page_s_default_and_stays_readable_in_a
     [
         ("", "needs a model and a method"),
         ("model:gpt2", "needs a model and a method"),
-        ("model:gpt2~method:lorra", "did you mean lora?"),
+        ("model:gpt2~method:lorra", "did you mean lora, qlora?"),
         ("model:params:7e9~method:lora", "number of parameters"),
         ("model:gpt2~method:lora~gpu:nonsense", "unknown GPU"),
         ("model:gpt2~method:lora~lora_rank:-1", "at least 1"),
