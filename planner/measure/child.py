@@ -83,20 +83,18 @@ def _emit(handle: int, event: str, **values: Any) -> None:
 def _jobs() -> Iterator[dict[str, Any]]:
     """Jobs as they come. A thread watches standard input: its end in the middle of a job ends the process."""
     lines: queue.Queue[str | None] = queue.Queue()
-    busy = threading.Event()
 
     def watch() -> None:
         for line in sys.stdin:
             lines.put(line)
-        if busy.is_set():
+        if lines.unfinished_tasks:  # counted from the moment a job is put, so none slips by
             os._exit(_LOST_PARENT)
         lines.put(None)
 
     threading.Thread(target=watch, daemon=True).start()
     while (line := lines.get()) is not None:
-        busy.set()
         yield json.loads(line)
-        busy.clear()
+        lines.task_done()
 
 
 def _serve(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> None:

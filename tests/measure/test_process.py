@@ -55,7 +55,7 @@ def test_a_rehearsal_runs_every_phase_and_claims_no_memory(child: Child) -> None
     assert found.parameters.total == SETUP.model.parameters + found.parameters.added
     assert found.parameters.trainable == found.parameters.added > 0
     assert found.versions["torch"]
-    assert "bytes" not in json.dumps(found.to_dict())
+    assert "_bytes" not in json.dumps(found.to_dict())
     assert [event["name"] for event in heard if event["event"] == "enter"] == PHASES
 
 
