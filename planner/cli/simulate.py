@@ -33,14 +33,14 @@ def answer(args: argparse.Namespace) -> Reply:
     target = _target(args.snapshot) if "snapshot" in args else None
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
     from planner.cli.progress import progress_bar
-    from planner.simulate import simulate
 
     try:
+        from planner.simulate.on_gpu import simulated_on_gpu
         from planner.simulate.snapshot import Recording
 
         recording = Recording() if target else None
         with progress_bar() as progress:
-            report = simulate(setup, progress=progress, watch=recording)
+            report = simulated_on_gpu(setup, progress=progress, watch=recording)
         if recording and target:
             recording.write(target)
     except ModuleNotFoundError as error:

@@ -40,12 +40,14 @@ def simulate(
     limit_bytes: int | None = None,
     progress: Progress | None = None,
     watch: Callable[[Simulation], None] | None = None,
+    own_lora: bool = False,
 ) -> MemoryReport:
     """Peak allocated and reserved memory of `steps` optimizer steps, simulated on any machine.
 
     `gpu` (default: the setup's) decides workspaces and attention kernels; `limit_bytes` is what torch may
     reserve, beyond which the report carries `out_of_memory`. `progress(phase, step)` is called at each
-    phase, `watch(simulation)` once before it starts. Deterministic to the byte. Left out: the CUDA
+    phase, `watch(simulation)` once before it starts; `own_lora` takes `planner.training.peft`'s LoRA in
+    place of the peft library's. Deterministic to the byte. Left out: the CUDA
     context, NCCL, data loading, `torch.compile`.
     Raises TraceError where a model cannot be traced, ModelError where it cannot be built.
     """
@@ -53,7 +55,7 @@ def simulate(
     simulation = Simulation(gpu=device, allocator=allocator, limit_bytes=limit_bytes, progress=progress)
     if watch:
         watch(simulation)
-    run = TrainingRun(setup, torch.device("meta"), simulation.phase, loop=loop)
+    run = TrainingRun(setup, torch.device("meta"), simulation.phase, loop=loop, own_lora=own_lora)
     with simulation.outcome():
         run.prepare()
         simulation.follow(run.net, run.trained)

@@ -11,25 +11,30 @@ from torch import nn
 
 from planner.errors import SetupError
 from planner.model import Model
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA
 
 __all__ = ["attached", "move_trained"]
 
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "masked-lm": None}
 
 
-def attached(net: nn.Module, model: Model, method: Method, *, low_memory: bool = False) -> nn.Module:
+def attached(
+    net: nn.Module, model: Model, method: Method, *, low_memory: bool = False, own_lora: bool = False
+) -> nn.Module:
     """The model with the method's parameters trainable and all others frozen.
 
     LoRA is peft's own, with its defaults (adapters in fp32 over a 16-bit base); adapters and BitFit are
-    `planner.training.peft`. `low_memory` creates peft's adapters without values (for `meta`).
+    `planner.training.peft`, and so is LoRA with `own_lora`. `low_memory` creates peft's adapters without
+    values (for `meta`).
     Raises SetupError for a method of which only a parameter count is known, and with peft's reason.
     """
     if isinstance(method, FullFineTuning):
         return net
-    if isinstance(method, LoRA):
+    if isinstance(method, QLoRA) and own_lora:
+        raise SetupError("own_lora does not take quantized layers; use peft's LoRA for qlora.")
+    if isinstance(method, LoRA) and not own_lora:
         return _with_lora(net, model, method, low_memory=low_memory)
-    if isinstance(method, Adapter | BitFit):
+    if isinstance(method, Adapter | BitFit | LoRA):
         from planner.training.peft import attach, settings
 
         return attach(net, settings(model, method))

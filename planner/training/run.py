@@ -50,6 +50,7 @@ class TrainingRun:
         *,
         loop: Loop | None = None,
         autocast: Autocast = cuda_autocast,
+        own_lora: bool = False,
     ) -> None:
         """The model's skeleton is built on `meta`; nothing is on the device yet."""
         self.setup = setup
@@ -57,6 +58,7 @@ class TrainingRun:
         self.phases = phases
         self.loop = loop or Loop()
         self.autocast = autocast
+        self.own_lora = own_lora
         self.net = skeleton(
             setup.model,
             dtype=weight_dtype(setup.training.precision),
@@ -84,7 +86,9 @@ class TrainingRun:
                 )
         with self.phases("attach", None):
             meta = self.device.type == "meta"
-            self.net = attached(self.net, setup.model, setup.method, low_memory=meta)
+            self.net = attached(
+                self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora
+            )
             self.net.train()
             move_trained(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
