@@ -13,9 +13,9 @@ def settle(page) -> None:
 
 
 def eventually(page, holds: Callable[[], bool], what: str) -> None:
-    """Wait up to ten seconds until something holds."""
-    for _ in range(100):
+    """Wait up to a minute until something holds: how fast it is belongs to the benchmarks."""
+    for _ in range(600):
         if holds():
             return
         page.wait_for_timeout(100)
-    raise AssertionError(f"not within ten seconds: {what}")
+    raise AssertionError(f"not within a minute: {what}")

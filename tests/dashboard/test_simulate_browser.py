@@ -45,7 +45,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def soon(holds: Callable[[], object], what: str, seconds: float = 30) -> None:
+def soon(holds: Callable[[], object], what: str, seconds: float = 60) -> None:
     """Wait for something outside of the page."""
     ends_at = time.monotonic() + seconds
     while not holds():
