@@ -215,9 +215,11 @@ def test_axe_finds_nothing_serious(open_page, link, mode) -> None:
 
 def test_the_keyboard_walks_the_inputs_in_their_order(open_page) -> None:
     page = open_page()
+    page.wait_for_timeout(3_000)  # a sidebar that is still being drawn loses the focus
     reached: list[str] = []
     for _ in range(40):
         page.keyboard.press("Tab")
+        page.wait_for_timeout(50)
         key = page.evaluate(
             "document.activeElement.closest('[class*=st-key-]')?.className.match(/st-key-(\\w+)/)[1]"
         )
