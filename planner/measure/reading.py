@@ -42,6 +42,7 @@ class CudaReadings:
         self._run: TrainingRun | None = None
         self._base = self._adapters = self._gradients = self._states = 0
         self._accumulated: dict[int, torch.nn.Parameter] = {}
+        self._waiting: tuple[int, ...] = ()
         self._at_peak: tuple[int, ...] = ()
         self._peak_seen = self._last_peak = 0
 
@@ -50,6 +51,11 @@ class CudaReadings:
         self._run = run
         for parameter in run.trained:
             parameter.register_post_accumulate_grad_hook(self._accumulated_gradient)
+        head = run.net.get_output_embeddings()  # type: ignore[operator]
+        weight: torch.nn.Parameter | None = getattr(head, "weight", None)
+        tied = getattr(run.net.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        if weight is not None and weight is tied and weight.requires_grad:
+            head.register_forward_hook(self._tied_head)
 
     @contextmanager
     def __call__(self, name: str, step: int | None) -> Iterator[None]:
@@ -59,7 +65,7 @@ class CudaReadings:
         torch.cuda.reset_peak_memory_stats()
         self.phase = (name, step)
         self._peak_seen = _stat("allocated_bytes", "current")
-        self._at_peak = tuple(self._accumulated)
+        self._at_peak = self._present
         self._mark(f"begin {name} {step or ''}")
         self._emit("enter", name=name, step=step)
         began = time.perf_counter()
@@ -116,6 +122,7 @@ class CudaReadings:
                 key: _bytes_of(blocks, (p.grad,) if p.grad is not None else ())
                 for key, p in self._accumulated.items()
             }
+            self._waiting = ()
             self._gradients = sum(sizes.values())
             known["gradients"] = sum(sizes[key] for key in self._at_peak)
             return known | {"optimizer_states": self._states}
@@ -137,16 +144,37 @@ class CudaReadings:
         ]
         return _bytes_of(self._blocks(name), kept)
 
+    @property
+    def _present(self) -> tuple[int, ...]:
+        """The parameters whose gradients are there, and the tied one again while its head's waits."""
+        return (*self._accumulated, *self._waiting)
+
     def _accumulated_gradient(self, parameter: torch.nn.Parameter) -> None:
         self._follow_peak()
         self._accumulated[id(parameter)] = parameter
+        if id(parameter) in self._waiting:
+            self._waiting = ()
+
+    def _tied_head(self, head: torch.nn.Module, _inputs: object, output: object) -> None:
+        """Notice when the backward pass reaches a head tied to the embeddings.
+
+        Its gradient is made at once and waits in the autograd engine for that of the embeddings.
+        """
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            return
+
+        def reached(_gradient: torch.Tensor) -> None:
+            self._follow_peak()
+            self._waiting = (id(head.weight),)
+
+        output.register_hook(reached)
 
     def _follow_peak(self) -> None:
         """Remember which gradients were there when the allocator's peak last rose."""
         peak = _stat("allocated_bytes", "peak")
         if peak > self._peak_seen:
             self._peak_seen = peak
-            self._at_peak = tuple(self._accumulated)
+            self._at_peak = self._present
 
     def _blocks(self, name: str) -> dict[int, int]:
         """Size of every block in use, by its address."""

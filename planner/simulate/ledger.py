@@ -58,6 +58,7 @@ class Ledger:
         self.place: Any = None
         self.failed_at: tuple[Any, Any] | None = None
         self.peak = Moment()
+        self.peak_in_phase = False  # of equal peaks the latest phase's first counts, as a probe sees it
         self.totals = dict.fromkeys(PARTS, 0)
         self.events: list[int] = []
         self.trail: list[tuple[Any, ...]] | None = None  # see planner.simulate.events
@@ -124,7 +125,8 @@ class Ledger:
             raise
         size = allocator.block_bytes(block)
         self.totals[part] += size
-        if allocator.allocated_bytes >= self.peak.allocated_bytes:
+        if allocator.allocated_bytes >= self.peak.allocated_bytes + self.peak_in_phase:
+            self.peak_in_phase = True
             self.peak = Moment(
                 allocator.allocated_bytes, self.totals.copy(), self.phase, self.step, self.op, self.place
             )

@@ -110,6 +110,7 @@ class Simulation:
         if self.progress:
             self.progress(name, step)
         self.tracer.phase = ledger.phase = name
+        ledger.peak_in_phase = False
         ledger.step = step
         if step is not None:
             ledger.last_step = step

@@ -100,6 +100,7 @@ class Run:
         self.readings = CudaReadings(self._emit, lambda: 7777)
         self.trained = [Parameter(), Parameter()]
         self.optimizer = SimpleNamespace(state={})
+        self.net = SimpleNamespace(get_output_embeddings=lambda: None, get_input_embeddings=lambda: None)
 
     def _emit(self, event: str, **values: Any) -> None:
         if event == "phase":

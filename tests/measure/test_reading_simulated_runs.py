@@ -29,7 +29,9 @@ DEVICE = {
     "driver": "0", "others_bytes": USED_BY_OTHERS_BYTES, "context_bytes": CONTEXT_BYTES,
     "used_source": "nvml",
 }
-STARTED = {"event": "started", "pid": 1, "seed": 0, "versions": {"torch": torch.__version__}, "environment": {}}
+STARTED = {
+    "event": "started", "pid": 1, "seed": 0, "versions": {"torch": torch.__version__}, "environment": {},
+}
 
 
 def on_a_simulated_device(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> MemoryReport:
@@ -86,6 +88,11 @@ SETUPS = {
     "full, clipped, accumulated": setup_of(LLAMA, gradient_accumulation_steps=2, clip_grad_norm=1.0),
     "full, peak at the loss": setup_of(LLAMA, changes={"vocab_size": 90_000}),
     "full, mixed": setup_of(LLAMA, precision="bf16-mixed"),
+    "full, tied": setup_of(LLAMA, changes={"tie_word_embeddings": True, "vocab_size": 5000}),
+    "full, tied, accumulated, mixed": setup_of(
+        LLAMA, changes={"tie_word_embeddings": True}, precision="bf16-mixed", gradient_accumulation_steps=2
+    ),
+    "full, tied, fp16 scaled": setup_of(GPT2, precision="fp16-mixed", activation_checkpointing=True),
     "lora": setup_of(LLAMA, LoRA(lora_rank=8)),
     "lora, checkpointed": setup_of(LLAMA, LoRA(lora_rank=8), activation_checkpointing=True),
     "lora, all linear layers, scaled": setup_of(
