@@ -54,7 +54,7 @@ class CudaReadings:
         head = run.net.get_output_embeddings()  # type: ignore[operator]
         weight: torch.nn.Parameter | None = getattr(head, "weight", None)
         tied = getattr(run.net.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-        if weight is not None and weight is tied and weight.requires_grad:
+        if weight is tied and weight is not None and weight.requires_grad:
             head.register_forward_hook(self._tied_head)
 
     @contextmanager
