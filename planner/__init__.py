@@ -11,7 +11,7 @@ from planner.measure import measure
 from planner.model import Model
 from planner.report import MemoryReport
 from planner.simulate import simulate, simulate_step
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, QLoRA, Setup, Training
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, QLoRA, Setup, Sharding, Training
 from planner.version import __version__
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "PeftOfSize",
     "QLoRA",
     "Setup",
+    "Sharding",
     "Training",
     "__version__",
     "estimate",

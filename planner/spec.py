@@ -26,6 +26,7 @@ from planner.methods import (
     QLoRA,
 )
 from planner.model import Model
+from planner.sharding import Sharding, check_sharding
 from planner.targets import PRESETS, adapter_places, adapts_experts, bias_tensors, lora_targets
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "PeftOfSize",
     "QLoRA",
     "Setup",
+    "Sharding",
     "Training",
 ]
 
@@ -95,13 +97,15 @@ class Setup:
     """One fine-tuning run to be planned.
 
     `model` is a Model, or a name to resolve (catalogue, Hugging Face id, path, params:7e9); `gpu` a Gpu,
-    a name or a size such as "24GiB". Raises SetupError for a combination that makes no sense.
+    a name or a size such as "24GiB"; `sharding` says how several of them share the run. Raises
+    SetupError for a combination that makes no sense.
     """
 
     model: Model
     method: Method = field(default_factory=FullFineTuning)
     training: Training = field(default_factory=Training)
     gpu: Gpu | None = None
+    sharding: Sharding = field(default_factory=Sharding)
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class Setup:
         method: Method | None = None,
         training: Training | None = None,
         gpu: Gpu | str | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """Resolve names and validate."""
         if isinstance(model, str):
@@ -120,10 +125,12 @@ class Setup:
         object.__setattr__(self, "method", method or FullFineTuning())
         object.__setattr__(self, "training", training or Training())
         object.__setattr__(self, "gpu", gpu_named(gpu) if isinstance(gpu, str) else gpu)
+        object.__setattr__(self, "sharding", sharding or Sharding())
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.method, self.training)
+        check_sharding(self.sharding, self.method, self.training)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON values under the field names; `from_dict` gives an equal setup.
@@ -136,7 +143,8 @@ class Setup:
         if self.model.config_json and self.model.id not in catalog.models():
             flat["model_config"] = self.model.config
         flat["method"] = self.method.name
-        for part in (self.method, self.training):
+        shared = () if self.sharding == Sharding() else (self.sharding,)  # one GPU says nothing of it
+        for part in (self.method, self.training, *shared):
             for item in dataclasses.fields(part):
                 key = item.name.removesuffix("_json")
                 flat[key] = _json_value(item.name, getattr(part, item.name))
@@ -160,12 +168,12 @@ class Setup:
             model = text
         gpu = values.pop("gpu", None)
         method = _method(values)
-        asked = [f.name for f in dataclasses.fields(Training) if f.name in values]
-        training = Training(**{key: values.pop(key) for key in asked})
+        training = Training(**_taken(Training, values))
+        sharding = Sharding(**_taken(Sharding, values))
         if values:
             key = next(iter(values))
             raise SetupError(f"unknown setting {key!r}; {nearest(key, _all_keys())}")
-        return cls(model=model, method=method, training=training, gpu=gpu)
+        return cls(model=model, method=method, training=training, gpu=gpu, sharding=sharding)
 
     def replace(self, **changes: Any) -> Setup:
         """The same setup with flat keys changed: `setup.replace(micro_batch_size=2)`."""
@@ -175,7 +183,9 @@ class Setup:
         method = changes.get("method") or dataclasses.replace(
             self.method, **{k: v for k, v in changes.items() if k in own}
         )
-        unknown = set(changes) - flat - own - {"model", "method", "gpu"}
+        shared = {f.name for f in dataclasses.fields(self.sharding)}
+        sharding = dataclasses.replace(self.sharding, **{k: v for k, v in changes.items() if k in shared})
+        unknown = set(changes) - flat - own - shared - {"model", "method", "gpu"}
         if unknown:
             raise SetupError(f"unknown setting {min(unknown)!r}; {nearest(min(unknown), _all_keys())}")
         return Setup(
@@ -183,7 +193,13 @@ class Setup:
             method=method,
             training=training,
             gpu=changes.get("gpu", self.gpu),
+            sharding=sharding,
         )
+
+
+def _taken(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Take the keys of one class's fields out of `values`."""
+    return {f.name: values.pop(f.name) for f in dataclasses.fields(cls) if f.name in values}
 
 
 def _method(values: dict[str, Any]) -> Method:
@@ -313,6 +329,6 @@ def _json_value(name: str, value: Any) -> Any:
 
 
 def _all_keys() -> set[str]:
-    classes = (Training, *METHODS.values())
+    classes = (Training, Sharding, *METHODS.values())
     own = {"model", "method", "gpu", "peft_config"}
     return own | {f.name for cls in classes for f in dataclasses.fields(cls)}

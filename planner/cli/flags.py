@@ -10,11 +10,11 @@ import dataclasses
 import re
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from planner.cli.peft_file import PREFIX, peft_method
 from planner.errors import SetupError
-from planner.spec import METHODS, Setup, Training
+from planner.spec import METHODS, Setup, Sharding, Training
 from planner.units import parse_count
 
 __all__ = ["HELP", "add_setup_flags", "flag", "setup_from", "whole"]
@@ -41,10 +41,22 @@ HELP: dict[str, str] = {
     "activation_checkpointing": "compute activations again in the backward pass instead of keeping them",
     "attention": "implementation of attention; sdpa is torch's own choice for the device",
     "clip_grad_norm": "clip gradients to this norm before each optimizer step (default: no clipping)",
+    "num_gpus": "GPUs that share the run",
+    "gpus_per_node": "GPUs in one machine (default: 8, or all where they are fewer)",
+    "sharding": "what each GPU holds: a copy (ddp), or shards by PyTorch's FSDP2 or DeepSpeed's ZeRO",
+    "cpu_offload": "what lives in the host's memory between uses: optimizer states, or the parameters too",
+    "reduce_dtype": "type that FSDP reduces gradients in (default: the one the step computes in)",
+    "prefetch": "units that FSDP gathers ahead, in forward and backward (default: its own)",
+    "shard_unit": "module class that FSDP gathers as one unit (default: the model's layer)",
 }
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
-_METAVARS = {"model": "ID|PATH|params:N", "gpu": "NAME|SIZE", "target_modules": "NAME,NAME"}
+_METAVARS = {
+    "model": "ID|PATH|params:N",
+    "gpu": "NAME|SIZE",
+    "target_modules": "NAME,NAME",
+    "shard_unit": "CLASS",
+}
 
 
 def flag(field: str) -> str:
@@ -58,7 +70,7 @@ def whole(text: str) -> Any:
 
 
 def add_setup_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of a setup, grouped as model, method and training."""
+    """Add a flag for every field of a setup, grouped as model, method, training and GPUs."""
     group = parser.add_argument_group("what is planned")
     group.add_argument("--model", metavar=_METAVARS["model"], help=HELP["model"])
     group.add_argument("--gpu", metavar=_METAVARS["gpu"], help=HELP["gpu"])
@@ -71,6 +83,9 @@ def add_setup_flags(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     for item in dataclasses.fields(Training):
         _add_field(training, Training, item)
+    sharding = parser.add_argument_group("several GPUs")
+    for item in dataclasses.fields(Sharding):
+        _add_field(sharding, Sharding, item)
 
 
 def setup_from(args: argparse.Namespace) -> Setup:
@@ -80,7 +95,7 @@ def setup_from(args: argparse.Namespace) -> Setup:
     if str(flat.get("method", "")).startswith(PREFIX):
         _check_alone(given)
         flat |= peft_method(flat["method"])
-    for cls in (*METHODS.values(), Training):
+    for cls in (*METHODS.values(), Training, Sharding):
         hints = get_type_hints(cls)
         for item in dataclasses.fields(cls):
             if item.name in given:
@@ -116,7 +131,7 @@ def _default(item: dataclasses.Field[Any]) -> str:
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """The types a hint allows, None left out: `float | None` is (float,)."""
-    if isinstance(hint, types.UnionType):
+    if get_origin(hint) in (types.UnionType, Union):
         return tuple(kind for kind in get_args(hint) if kind is not types.NoneType)
     return (hint,)
 

@@ -10,14 +10,14 @@ from planner.advise import Verdict, verdict, verdicts
 from planner.catalog.gpus import Gpu
 from planner.compare import Comparison, comparison, full_of
 from planner.dashboard import state
-from planner.dashboard.fields import method_fields, training_fields
+from planner.dashboard.fields import method_fields, sharding_fields, training_fields
 from planner.dashboard.links import DEFAULTS
 from planner.dashboard.models import resolved
 from planner.dashboard.words import SOURCE_TITLES, method_title
 from planner.errors import PlannerError
 from planner.estimate import estimate
 from planner.report import MemoryReport
-from planner.spec import METHODS, FullFineTuning, Setup, Training
+from planner.spec import METHODS, FullFineTuning, Setup, Sharding, Training
 
 __all__ = ["Answer", "LabelledReport", "answer", "cards", "current_setup", "setup_of"]
 
@@ -62,7 +62,14 @@ def setup_of(flat: Mapping[str, Any], config_text: str = "") -> Setup:
     name = str(flat.get("method", "full"))
     own = {field.name: flat[field.name] for field in method_fields(name) if field.name in flat}
     training = {field.name: flat[field.name] for field in training_fields() if field.name in flat}
-    return Setup(model=model, method=METHODS[name](**own), training=Training(**training), gpu=flat.get("gpu"))
+    sharding = {field.name: flat[field.name] for field in sharding_fields() if field.name in flat}
+    return Setup(
+        model=model,
+        method=METHODS[name](**own),
+        training=Training(**training),
+        gpu=flat.get("gpu"),
+        sharding=Sharding(**sharding),
+    )
 
 
 def current_setup() -> tuple[Setup, str | None]:

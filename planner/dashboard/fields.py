@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from planner.errors import SetupError
-from planner.spec import METHODS, Training
+from planner.spec import METHODS, Sharding, Training
 
-__all__ = ["Field", "Kind", "method_fields", "parsed", "spelled", "training_fields"]
+__all__ = ["Field", "Kind", "method_fields", "parsed", "sharding_fields", "spelled", "training_fields"]
 
-Kind = Literal["choice", "flag", "whole", "number", "names"]
+Kind = Literal["choice", "flag", "whole", "number", "names", "text"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,12 @@ def training_fields() -> tuple[Field, ...]:
 
 
 @cache
+def sharding_fields() -> tuple[Field, ...]:
+    """The fields of `Sharding`, in its order."""
+    return _fields(Sharding)
+
+
+@cache
 def method_fields(method: str) -> tuple[Field, ...]:
     """The fields of one method, in its order; () for an unknown name."""
     return _fields(METHODS[method]) if method in METHODS else ()
@@ -55,7 +61,7 @@ def parsed(field: Field, text: str) -> Any:
         if text.casefold() not in ("true", "false"):
             raise SetupError(f"{field.name} must be true or false, got {_shown(text)}.")
         return text.casefold() == "true"
-    if field.kind == "names":
+    if field.kind in ("names", "text"):
         return text
     return _number(field, text)
 
@@ -95,11 +101,11 @@ def _fields(cls: type) -> tuple[Field, ...]:
 
 
 def _field(item: dataclasses.Field[Any], hint: Any) -> Field:
-    optional = get_origin(hint) is UnionType and NoneType in get_args(hint)
+    optional = get_origin(hint) in (UnionType, Union) and NoneType in get_args(hint)
     if optional:
         hint = next(option for option in get_args(hint) if option is not NoneType)
     default = None if item.default is dataclasses.MISSING else item.default
     choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kinds: dict[Any, Kind] = {bool: "flag", int: "whole", float: "number"}
+    kinds: dict[Any, Kind] = {bool: "flag", int: "whole", float: "number", str: "text"}
     kind: Kind = "choice" if choices else kinds.get(hint, "names")
     return Field(name=item.name, kind=kind, default=default, choices=choices, optional=optional)

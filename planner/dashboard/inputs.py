@@ -9,7 +9,7 @@ import streamlit as st
 from planner import catalog
 from planner.catalog.gpus import gpus
 from planner.dashboard import state
-from planner.dashboard.fields import Field, method_fields, training_fields
+from planner.dashboard.fields import Field, method_fields, sharding_fields, training_fields
 from planner.dashboard.links import DEFAULTS, command, default_of, link, method_options
 from planner.dashboard.models import resolved
 from planner.dashboard.words import FIELD_HELP, METHOD_CAPTIONS, field_label, method_title
@@ -48,6 +48,9 @@ def sidebar() -> None:
             for name, field in fields.items():
                 if name not in _FIRST:
                     _input(field, model)
+        with st.expander("Number of GPUs and sharding", icon=":material/hub:", key="_sharding_settings"):
+            for field in sharding_fields():
+                _input(field, model)
         _actions()
 
 
@@ -152,6 +155,8 @@ def _input(field: Field, model: Model | None) -> None:
     elif field.kind == "names":
         options = _target_options(model)
         st.selectbox(label, options, index=options.index(default), accept_new_options=True, **common)
+    elif field.kind == "text":
+        st.text_input(label, value=default, max_chars=100, **common)
     elif field.kind == "whole":
         st.number_input(
             label, value=default, min_value=1, max_value=10**9, step=int(_STEPS.get(field.name, 1)), **common

@@ -14,9 +14,10 @@ from urllib.parse import quote, urlencode
 
 from planner import catalog
 from planner.catalog.gpus import gpu
-from planner.dashboard.fields import Field, method_fields, parsed, spelled, training_fields
+from planner.checks import whole
+from planner.dashboard.fields import Field, method_fields, parsed, sharding_fields, spelled, training_fields
 from planner.errors import SetupError, nearest
-from planner.spec import METHODS, FullFineTuning, PeftOfSize, Setup
+from planner.spec import METHODS, FullFineTuning, PeftOfSize, Setup, Sharding
 
 __all__ = [
     "DEFAULTS",
@@ -78,7 +79,7 @@ def command(flat: Mapping[str, Any], *, verb: str = "estimate") -> str:
 def pin_text(flat: Mapping[str, Any]) -> str:
     """A setup as one value of a link: model, method and gpu, then what is not the page's default."""
     method = str(flat["method"])
-    defaults = {f.name: default_of(f) for f in (*method_fields(method), *training_fields())}
+    defaults = {f.name: default_of(f) for f in _own_fields(method)}
     chosen = {key: flat[key] for key in DEFAULTS if flat.get(key) is not None}
     chosen |= {key: flat[key] for key in defaults if key in flat and flat[key] != defaults[key]}
     return _BETWEEN.join(f"{key}:{'' if value is None else spelled(value)}" for key, value in chosen.items())
@@ -93,7 +94,7 @@ def pin_values(text: str) -> dict[str, Any]:
         raise SetupError("a pinned setup needs a model and a method, as in model:gpt2~method:lora.")
     _check("method", given["method"], {})
     _check_method(given["method"], given["model"])
-    fields = {f.name: f for f in (*method_fields(given["method"]), *training_fields())}
+    fields = {f.name: f for f in _own_fields(given["method"])}
     for key, value in given.items():
         if key not in fields and key not in DEFAULTS:
             raise SetupError(f"a pinned setup has no setting {key[:40]!r}; {nearest(key[:40], fields)}")
@@ -107,7 +108,7 @@ def link_problems(given: Mapping[str, list[str]]) -> dict[str, str]:
     """What a link says that cannot be: key -> one line. Such keys keep their defaults."""
     problems: dict[str, str] = {}
     method = (given.get("method") or [DEFAULTS["method"]])[-1]
-    own = {field.name: field for field in (*training_fields(), *method_fields(method))}
+    own = {field.name: field for field in _own_fields(method)}
     for key, texts in given.items():
         text = texts[-1] if texts else ""
         try:
@@ -157,6 +158,12 @@ def _check_value(field: Field, text: str) -> None:
     value = parsed(field, text)
     if value is None or field.kind == "names":
         return
+    if field in sharding_fields():
+        if field.kind == "whole":
+            whole(field.name, value)
+        elif field.kind == "text":
+            Sharding(num_gpus=2, sharding="fsdp", **{field.name: value})
+        return
     if field in training_fields():
         Setup(model=catalog.bare_model("params:1e9")).replace(**{field.name: value})
         return
@@ -168,5 +175,10 @@ def _check_value(field: Field, text: str) -> None:
 
 
 def _every_key() -> set[str]:
-    fields = [*training_fields(), *(field for name in METHODS for field in method_fields(name))]
-    return {"v", "model", "method", "gpu", TASKS, *PINS} | {field.name for field in fields}
+    names = {field.name for method in METHODS for field in _own_fields(method)}
+    return {"v", "model", "method", "gpu", TASKS, *PINS} | names
+
+
+def _own_fields(method: str) -> tuple[Field, ...]:
+    """Every field of a setup of this method, model and GPU apart."""
+    return (*method_fields(method), *training_fields(), *sharding_fields())

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import streamlit as st
 
-from planner.dashboard.fields import method_fields, spelled, training_fields
+from planner.dashboard.fields import method_fields, sharding_fields, spelled, training_fields
 from planner.dashboard.links import DEFAULTS, PINS, TASKS, default_of, link_problems
 from planner.spec import METHODS, Setup
 
@@ -86,6 +86,9 @@ def asked() -> dict[str, Any]:
         *(field.name for field in (*method_fields(method), *training_fields())),
         "gpu",
     ]
+    shared = {f.name: st.session_state.get(f.name, f.default) for f in sharding_fields()}
+    if any(shared[f.name] != f.default for f in sharding_fields()):  # one GPU says nothing of it
+        names += shared
     return {name: st.session_state[name] for name in names if name in st.session_state}
 
 
@@ -176,5 +179,6 @@ def remember_good(setup: Setup) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    fields = [*training_fields(), *(field for name in METHODS for field in method_fields(name))]
+    methods = (field for name in METHODS for field in method_fields(name))
+    fields = [*training_fields(), *sharding_fields(), *methods]
     return {**{field.name: default_of(field) for field in fields}, **DEFAULTS}

@@ -93,6 +93,13 @@ FIELD_LABELS = {
     "adapter_reduction_factor": "Reduction factor",
     "trainable_params": "Trained parameters",
     "quantization": "Quantization",
+    "num_gpus": "Number of GPUs",
+    "gpus_per_node": "GPUs in one machine",
+    "sharding": "Sharding",
+    "cpu_offload": "CPU offload",
+    "reduce_dtype": "Gradients reduced in",
+    "prefetch": "Units gathered ahead",
+    "shard_unit": "Unit of sharding",
 }
 FIELD_HELP = {
     "model": "Search the catalogue, or type a Hugging Face id (only its config.json is read), or a bare size "
@@ -117,6 +124,14 @@ FIELD_HELP = {
     "adapter_size": "Width of the bottleneck; empty means 64.",
     "adapter_reduction_factor": "The model's width divided by this, instead of a bottleneck size.",
     "trainable_params": "How many parameters the method trains.",
+    "num_gpus": "GPUs that share the run; each is given the micro batch above.",
+    "gpus_per_node": "Empty: 8, or all where they are fewer.",
+    "sharding": "ddp: a copy on each GPU. fsdp: shards by PyTorch's FSDP2; fsdp-grad-op keeps the gathered "
+    "weights for the backward pass; hsdp shards within a machine. zero1 to zero3: DeepSpeed's stages.",
+    "cpu_offload": "What lives in the host's memory: optimizer states (DeepSpeed), or parameters too.",
+    "reduce_dtype": "Type that FSDP reduces gradients in; empty: the one the step computes in.",
+    "prefetch": "Units that FSDP gathers ahead of their use; empty: its own choice.",
+    "shard_unit": "Module class that FSDP gathers at once; empty: the model's layer.",
 }
 SIGNS = {"fits": "✓", "tight": "≈", "does not fit": "✕", "not known": "?"}  # colour is never alone
 NOT_COUNTED = (

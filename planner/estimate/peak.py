@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.errors import SetupError
 from planner.estimate.forms import model_form
 from planner.estimate.resident import Resident, resident
 from planner.estimate.stack import Stack, has_formulas, stack
@@ -40,6 +41,10 @@ def estimate(setup: Setup) -> MemoryReport:
     Parts that a model does not tell (a bare parameter count, or an architecture without formulas)
     count as 0 and are named in `not_known`. Left out: the CUDA context and the allocator's unused rest.
     """
+    if setup.sharding.is_distributed:
+        raise SetupError(
+            f"sharding {setup.sharding.sharding} has no formulas yet; leave --sharding and --num-gpus out."
+        )
     kept = resident(setup)
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
@@ -92,7 +97,7 @@ def _moments(
     optimizer = _Candidate(
         phase="optimizer_step",
         gradients=gradients,
-        activations=layers.inputs_bytes + 2 * layers.leaf_bytes if layers else 0,
+        activations=layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
         temporaries=kept.step_temporaries_bytes if layers else 0,
         workspace=workspace,
@@ -119,7 +124,8 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = _Candidate(phase="forward")
     for stretch in layers.stretches:
-        waiting += (stretch.kept_bytes + stretch.copied_bytes) * (stretch.count - 1)
+        left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
+        waiting += left_bytes * (stretch.count - 1)
         activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
         moment = _Candidate(
             phase="forward",
@@ -129,7 +135,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
             workspace=workspace,
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
-        waiting += stretch.kept_bytes + stretch.copied_bytes
+        waiting += left_bytes
     moment = _Candidate(
         phase="forward",
         gradients=gradients,
@@ -144,7 +150,7 @@ def _waiting(layers: Stack, checkpointed: bool) -> int:
     """What the forward pass leaves for the backward pass, head and loss apart."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
     masks = layers.masks_bytes if checkpointed else 0
-    return layers.inputs_bytes + layers.tables_bytes + kept + masks + _leaf_bytes(layers)
+    return layers.inputs_bytes + layers.tables_bytes + kept + layers.pinned_bytes + masks + _leaf_bytes(layers)
 
 
 def _leaf_bytes(layers: Stack) -> int:
@@ -201,7 +207,7 @@ def _phases(
     waiting = output = 0
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes + _waiting(layers, checkpointed)
-        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
+        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.errors import SetupError
 from planner.spec import QLoRA, Setup
 from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
@@ -53,6 +54,11 @@ class TrainingRun:
         own_lora: bool = False,
     ) -> None:
         """The model's skeleton is built on `meta`; nothing is on the device yet."""
+        if setup.sharding.is_distributed:
+            raise SetupError(
+                f"sharding {setup.sharding.sharding} is not run by this step, which has one GPU; "
+                "leave --sharding and --num-gpus out."
+            )
         self.setup = setup
         self.device = device
         self.phases = phases
@@ -130,7 +136,7 @@ class TrainingRun:
         self._kept = None
 
     def _optimize(self, clip_grad_norm: float | None) -> None:
-        """Unscale and clip where asked, step, and set the gradients to None."""
+        """Unscale and clip where asked, step, and set the gradients to None, or to zero where asked."""
         if self.scaler and clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
         if clip_grad_norm is not None:

@@ -13,7 +13,7 @@ import pytest
 from planner.cli.flags import HELP, flag
 from planner.cli.parser import VERBS, program
 from planner.report import PARTS, MemoryReport
-from planner.spec import METHODS, Setup, Training
+from planner.spec import METHODS, Setup, Sharding, Training
 from planner.version import __version__
 
 LORA = (
@@ -132,7 +132,8 @@ def test_every_verb_and_every_flag_has_help():
 
 
 def test_every_field_of_a_setup_is_a_flag():
-    fields = {item.name for cls in (Training, *METHODS.values()) for item in dataclasses.fields(cls)}
+    classes = (Training, Sharding, *METHODS.values())
+    fields = {item.name for cls in classes for item in dataclasses.fields(cls)}
     assert set(HELP) == fields | {"model", "method", "gpu"}
     for verb in ("estimate", "simulate", "params", "compare", "fit"):
         assert {flag(name) for name in HELP} <= set(program().verbs[verb].flag_names())
