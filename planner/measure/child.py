@@ -10,16 +10,15 @@ from __future__ import annotations
 import gc
 import json
 import os
-import queue
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from planner.errors import DeviceError, PlannerError
 from planner.measure.device import refusal
+from planner.process import answers, jobs
 from planner.version import __version__
 
 __all__ = ["main"]
@@ -31,16 +30,13 @@ _WORKSPACE_SETTINGS = (
     "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
 )
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
-_LOST_PARENT = 4
 _MOST_SKIPPED_STEPS = 20  # torch.amp.GradScaler halves its scale, 65,536, at each
 _ALLOCATION_FAILED = ("out of memory", "alloc_failed", "allocation failed", "not enough memory")
 
 
 def main() -> int:
     """Serve jobs until standard input ends."""
-    events = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints goes to standard error
-    emit = partial(_emit, events)
+    emit = answers()
     try:
         import torch
 
@@ -56,7 +52,7 @@ def main() -> int:
     emit("started", pid=os.getpid(), seed=0, versions=_versions(torch), environment=_environment())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for job in _jobs():
+        for job in jobs():
             _serve(job, emit, torch)
             emit("end")
     return 0
@@ -71,30 +67,6 @@ def _import_libraries() -> None:
     import planner.training.run  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
-
-
-def _emit(handle: int, event: str, **values: Any) -> None:
-    data = json.dumps({"event": event, **values}, allow_nan=False).encode() + b"\n"
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-
-
-def _jobs() -> Iterator[dict[str, Any]]:
-    """Jobs as they come. A thread watches standard input: its end in the middle of a job ends the process."""
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def watch() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        if lines.unfinished_tasks:  # counted from the moment a job is put, so none slips by
-            os._exit(_LOST_PARENT)
-        lines.put(None)
-
-    threading.Thread(target=watch, daemon=True).start()
-    while (line := lines.get()) is not None:
-        yield json.loads(line)
-        lines.task_done()
 
 
 def _serve(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> None:

@@ -11,24 +11,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
-import queue
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from planner.errors import PlannerError, TraceError
+from planner.process import answers, jobs
 from planner.units import GIB, gib
 
 __all__ = ["main"]
 
 Emit = Callable[..., None]
 _NICENESS = 5  # the page, which shares the processors, answers first
-_LOST_PARENT = 4
 _EASY_TO_KILL = "500"  # of 1000, /proc/PID/oom_score_adj: the kernel ends this before the server
 
 
@@ -38,20 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--idle-s", type=float, default=600.0, help="end after so many seconds without a job")
     parser.add_argument("--memory-gib", type=float, default=8.0, help="main memory it may take for its data")
     asked = parser.parse_args(arguments)
-    answers = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints goes to standard error
-    emit = partial(_emit, answers)
+    emit = answers()
     limit_bytes = int(asked.memory_gib * GIB)
     _behave(limit_bytes)
-    jobs = _jobs()
+    asked_for = jobs(asked.idle_s)
     try:
         _import_libraries()
     except ModuleNotFoundError as error:
         emit("missing", package=(error.name or "").partition(".")[0])
         return 1
     emit("ready", pid=os.getpid())
-    while (line := _next(jobs, asked.idle_s)) is not None:
-        if not _serve(json.loads(line), emit, limit_bytes):
+    for job in asked_for:
+        if not _serve(job, emit, limit_bytes):
             return 1
     return 0
 
@@ -68,26 +63,6 @@ def _behave(limit_bytes: int) -> None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         soft = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _jobs() -> queue.Queue[str | None]:
-    """Lines as they come, None at the end. A thread reads them: their end in a job ends the process."""
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def watch() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        os._exit(_LOST_PARENT)
-
-    threading.Thread(target=watch, daemon=True).start()
-    return lines
-
-
-def _next(jobs: queue.Queue[str | None], idle_s: float) -> str | None:
-    try:
-        return jobs.get(timeout=idle_s)
-    except queue.Empty:
-        return None
 
 
 def _import_libraries() -> None:
@@ -153,12 +128,6 @@ def _unexpected(error: Exception) -> PlannerError:
 
 def _line(error: PlannerError) -> str:
     return " ".join(str(error).split())
-
-
-def _emit(handle: int, event: str, **values: Any) -> None:
-    view = memoryview(json.dumps({"event": event, **values}, allow_nan=False).encode() + b"\n")
-    while view:
-        view = view[os.write(handle, view) :]
 
 
 if __name__ == "__main__":
