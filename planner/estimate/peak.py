@@ -97,7 +97,7 @@ def _moments(
     optimizer = _Candidate(
         phase="optimizer_step",
         gradients=gradients,
-        activations=layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes if layers else 0,
+        activations=layers.inputs_bytes + 2 * layers.leaf_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
         temporaries=kept.step_temporaries_bytes if layers else 0,
         workspace=workspace,
@@ -124,8 +124,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = _Candidate(phase="forward")
     for stretch in layers.stretches:
-        left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
-        waiting += left_bytes * (stretch.count - 1)
+        waiting += (stretch.kept_bytes + stretch.copied_bytes) * (stretch.count - 1)
         activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
         moment = _Candidate(
             phase="forward",
@@ -135,7 +134,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
             workspace=workspace,
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
-        waiting += left_bytes
+        waiting += stretch.kept_bytes + stretch.copied_bytes
     moment = _Candidate(
         phase="forward",
         gradients=gradients,
@@ -150,7 +149,7 @@ def _waiting(layers: Stack, checkpointed: bool) -> int:
     """What the forward pass leaves for the backward pass, head and loss apart."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
     masks = layers.masks_bytes if checkpointed else 0
-    return layers.inputs_bytes + layers.tables_bytes + kept + layers.pinned_bytes + masks + _leaf_bytes(layers)
+    return layers.inputs_bytes + layers.tables_bytes + kept + masks + _leaf_bytes(layers)
 
 
 def _leaf_bytes(layers: Stack) -> int:
@@ -207,7 +206,7 @@ def _phases(
     waiting = output = 0
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes + _waiting(layers, checkpointed)
-        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
+        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),
