@@ -151,7 +151,8 @@ def _input(field: Field, model: Model | None) -> None:
     if field.kind == "flag":
         st.toggle(label, value=default, **common)
     elif field.kind == "choice":
-        st.selectbox(label, field.choices, index=field.choices.index(default), **common)
+        index = None if default is None else field.choices.index(default)
+        st.selectbox(label, field.choices, index=index, **common)
     elif field.kind == "names":
         options = _target_options(model)
         st.selectbox(label, options, index=options.index(default), accept_new_options=True, **common)

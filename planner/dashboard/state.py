@@ -86,10 +86,10 @@ def asked() -> dict[str, Any]:
         *(field.name for field in (*method_fields(method), *training_fields())),
         "gpu",
     ]
-    shared = {f.name: st.session_state.get(f.name, f.default) for f in sharding_fields()}
+    shared = {f.name: st.session_state.get(f.name, f.default) or None for f in sharding_fields()}
     if any(shared[f.name] != f.default for f in sharding_fields()):  # one GPU says nothing of it
         names += shared
-    return {name: st.session_state[name] for name in names if name in st.session_state}
+    return {name: shared.get(name, st.session_state[name]) for name in names if name in st.session_state}
 
 
 def linked() -> dict[str, Any]:
