@@ -87,6 +87,7 @@ def _model(name: str) -> dict[str, Any]:
         "parameters": model.parameters,
         "max_positions": model.max_positions,
         "source": model.source,
+        "evidence": list(catalog.catalogue_entry(name).get("evidence", [])),
     }
 
 

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal
+_MOST_SOURCES = 8  # catalogue entries whose sources fit under a table
 _SOURCE_WORD = {"estimate": "predicted", "simulation": "simulated", "measurement": "measured"}
 _METHOD_WORD = {"lora": "LoRA", "qlora": "QLoRA", "adapter": "Adapters", "bitfit": "BitFit", "peft": "PEFT"}
 Size = Callable[[float], str]
@@ -168,6 +169,7 @@ def show_models(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
         positions = f"{row['max_positions']:,}" if row["max_positions"] else "any"
         table.add_row(row["id"], str(row["family"]), f"{row['parameters']:,}", positions)
     console.print(table)
+    _show_sources(console, [(row["id"], [row["source"], *row["evidence"]]) for row in found])
 
 
 def show_gpus(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
@@ -178,6 +180,18 @@ def show_gpus(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
         by = "product page" if row["nominal"] else row["memory_kind"]
         table.add_row(row["name"], row["driver_name"], gib(row["total_bytes"]), by, capability)
     console.print(table)
+    _show_sources(console, [(row["name"], [row["source"]]) for row in found])
+
+
+def _show_sources(console: Console, found: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Where each entry's numbers come from, if they are few; `--json` lists every one."""
+    if len(found) > _MOST_SOURCES:
+        console.print("--json and --name list the sources, too.")
+        return
+    for name, sources in found:
+        console.print(f"{name}: where its numbers come from")
+        for source in sources:
+            console.print(f"  {source}", soft_wrap=True)
 
 
 def _lead(console: Console, report: MemoryReport) -> None:
