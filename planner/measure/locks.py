@@ -15,9 +15,9 @@ __all__ = ["file_lock", "one_measurement"]
 
 
 @contextlib.contextmanager
-def file_lock(handle: int) -> Iterator[None]:
-    """Hold the open file `handle` for this process alone; waits for it."""
-    _take(handle, wait=True)
+def file_lock(handle: int, *, wait: bool = True) -> Iterator[None]:
+    """Hold the open file `handle` for this process alone; without `wait`, OSError where another has it."""
+    _take(handle, wait=wait)
     try:
         yield
     finally:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from planner.errors import PlannerError
 from planner.measure.locks import file_lock
@@ -18,6 +20,7 @@ __all__ = [
     "Unreadable",
     "append",
     "append_line",
+    "json_lines",
     "keep_upload",
     "merge",
     "own_file",
@@ -168,6 +171,20 @@ def append_line(line: str, path: Path) -> None:
                 ) from None
     finally:
         os.close(handle)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON objects, each with a "setup", of a file of the planner's own; what is broken is left out."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict) and isinstance(value.get("setup"), dict):
+                found.append(value)
+    return found
 
 
 def merge(sources: Sequence[Path], into: Path) -> tuple[int, Shelf]:

@@ -21,7 +21,7 @@ from planner.measure.ahead import simulations
 from planner.measure.matrix import Matrix
 from planner.measure.probe import device_event, estimated, measured, now, recorded, rehearsed
 from planner.measure.process import Child
-from planner.measure.records import append, append_line, read
+from planner.measure.records import append, append_line, json_lines, read
 from planner.record import Prediction, Record, setup_key
 from planner.spec import Setup
 from planner.units import gib
@@ -143,27 +143,14 @@ def _todo(matrix: Matrix, out: Path, device: Mapping[str, Any] | None, *, rehear
     """The setups without a record on this device, those that failed before at the end."""
     done: set[str] = set()
     if rehearse:
-        done = {setup_key(line["setup"]) for line in _lines(out / "rehearsals.jsonl")}
+        done = {setup_key(line["setup"]) for line in json_lines(out / "rehearsals.jsonl")}
     elif (out / "records.jsonl").exists():
         name = device["name"] if device else ""
         records = read([out / "records.jsonl"]).records
         done = {record.key for record in records if record.device.name == name}
-    failed = {setup_key(line["setup"]) for line in _lines(out / "failures.jsonl")}
+    failed = {setup_key(line["setup"]) for line in json_lines(out / "failures.jsonl")}
     todo = [setup for setup in matrix.setups if setup_key(setup.to_dict()) not in done]
     return sorted(todo, key=lambda setup: setup_key(setup.to_dict()) in failed)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON objects of a file of the runner's own."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("setup"), dict):
-            found.append(value)
-    return found
 
 
 def _too_large(
