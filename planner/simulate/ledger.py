@@ -53,6 +53,7 @@ class Ledger:
         self.part = "base_weights"
         self.phase = ""
         self.step: int | None = None
+        self.stream = 0  # whose pools serve new blocks
         self.last_step: int | None = None
         self.op: Any = ""
         self.place: Any = None
@@ -77,11 +78,11 @@ class Ledger:
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is on the device already."""
-        return tensor.untyped_storage()._cdata in self._live
+        return _identity(tensor) in self._live
 
     def retag(self, tensor: torch.Tensor, part: str) -> int:
         """Move the tensor's storage to another part; the bytes that moved."""
-        entry = self._live.get(tensor.untyped_storage()._cdata)
+        entry = self._live.get(_identity(tensor))
         if entry is None or entry.part == part:
             return 0
         self.totals[entry.part] -= entry.size_bytes
@@ -91,7 +92,7 @@ class Ledger:
 
     def bytes_of(self, tensor: torch.Tensor) -> int:
         """Bytes of the block that holds the tensor's storage, 0 where it is not on the device."""
-        entry = self._live.get(tensor.untyped_storage()._cdata)
+        entry = self._live.get(_identity(tensor))
         return entry.size_bytes if entry else 0
 
     def scratch(self, sizes_bytes: list[int], part: str = "temporaries") -> None:
@@ -119,9 +120,21 @@ class Ledger:
     def _malloc(self, size_bytes: int, part: str) -> tuple[int, int]:
         allocator = self.allocator
         try:
-            block = allocator.malloc(size_bytes)
+            block = allocator.malloc(size_bytes, self.stream)
         except OutOfDeviceMemory:
             self.failed()
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Follow a storage that was given another size: FSDP2 empties and refills gathered weights so."""
+        entry = self._live.get(storage._cdata)
+        if entry is None:
+            return
+        if entry.block:
+            self.totals[entry.part] -= entry.size_bytes
+            self._give_back(entry.block)
+            entry.block = entry.size_bytes = 0
+        if size_bytes := storage.nbytes():
+            entry.block, entry.size_bytes = self._malloc(size_bytes, entry.part)
+
             raise
         size = allocator.block_bytes(block)
         self.totals[part] += size
@@ -148,3 +161,9 @@ class Ledger:
         self.events.append(self.allocator.allocated_bytes)  # nothing here may raise: a weakref calls
         if self.trail is not None:
             self.trail.append((-block,))
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage; a DTensor's is that of its shard."""
+    identity: int = getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata
+    return identity

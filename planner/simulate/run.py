@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from planner.catalog.gpus import Gpu, gpu as gpu_named
+from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
+from planner.simulate.place import simulated_place
 from planner.simulate.simulation import Progress, Simulation
-from planner.spec import QLoRA, Setup
+from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
 from planner.training.attach import attached
 from planner.training.build import skeleton
 from planner.training.quantize import parameter_count
 from planner.training.recipe import weight_dtype
 from planner.training.run import Loop, TrainingRun
+from planner.training.runs import run_of
 from planner.version import __version__
 
 __all__ = ["Simulation", "provenance", "simulate"]
@@ -41,27 +44,33 @@ def simulate(
     progress: Progress | None = None,
     watch: Callable[[Simulation], None] | None = None,
     own_lora: bool = False,
+    rank: int | None = None,
 ) -> MemoryReport:
     """Peak allocated and reserved memory of `steps` optimizer steps, simulated on any machine.
 
     `gpu` (default: the setup's) decides workspaces and attention kernels; `limit_bytes` is what torch may
     reserve, beyond which the report carries `out_of_memory`. `progress(phase, step)` is called at each
     phase, `watch(simulation)` once before it starts; `own_lora` takes `planner.training.peft`'s LoRA in
-    place of the peft library's. Deterministic to the byte. Left out: the CUDA
-    context, NCCL, data loading, `torch.compile`.
+    place of the peft library's. Where the setup has several GPUs, the report is of one `rank` (default: 0,
+    which has the largest shards). Deterministic to the byte. Left out: the CUDA context, NCCL, data
+    loading, `torch.compile`.
     Raises TraceError where a model cannot be traced, ModelError where it cannot be built.
     """
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
-    simulation = Simulation(gpu=device, allocator=allocator, limit_bytes=limit_bytes, progress=progress)
+    options: dict[str, Any] = {"gpu": device, "allocator": allocator, "limit_bytes": limit_bytes}
+    simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)
     if watch:
         watch(simulation)
-    run = TrainingRun(setup, torch.device("meta"), simulation.phase, loop=loop, own_lora=own_lora)
-    with simulation.outcome():
-        run.prepare()
-        simulation.follow(run.net, run.trained)
-        for step in range(1, steps + 1):
-            run.step(step)
-            simulation.know_states(run.optimizer)
+    with place:
+        run = run_of(setup, torch.device("meta"), simulation.phase, loop=loop, own_lora=own_lora)
+        with simulation.outcome():
+            run.prepare()
+            if setup.sharding.is_fsdp and isinstance(setup.method, LoRA | Adapter | PeftConfig):
+                simulation.know_adapters(run.trained)  # they came with their units
+            simulation.follow(run.net, run.trained)
+            for step in range(1, steps + 1):
+                run.step(step)
+                simulation.know_states(run.optimizer)
     report = simulation.report(setup.to_dict(), _parameters(run), provenance(setup))
     return replace(report, notes=(*report.notes, _QUANTIZED_LOAD)) if _quantizes(setup) else report
 
@@ -94,7 +103,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "peft": peft.__version__,
         "accelerate": accelerate.__version__,
     }
-    if _quantizes(setup):
+    if _quantizes(setup) or setup.training.optimizer in EIGHT_BIT:
         import bitsandbytes
 
         versions["bitsandbytes"] = bitsandbytes.__version__

@@ -47,11 +47,12 @@ class Simulation:
         progress: Progress | None = None,
     ) -> None:
         """An empty device."""
+        tracer: type[Tracer] = Tracer,
         capability = gpu.capability if gpu else None
         self.allocator = CachingAllocator(allocator or AllocatorConfig(), device_bytes=limit_bytes)
         self.ledger = Ledger(self.allocator)
         self.modules = Modules()
-        self.tracer = Tracer(self.ledger, Workspaces(capability=capability), self.modules)
+        self.tracer = tracer(self.ledger, Workspaces(capability=capability), self.modules)
         self.rules = AttentionRules(capability=capability)
         self.progress = progress
         self.phases: list[Phase] = []
@@ -147,6 +148,11 @@ class Simulation:
 
     def know_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Tag what the optimizer keeps, also in a peak of the step that has just made it.
+
+    def know_adapters(self, trained: Iterable[torch.Tensor]) -> None:
+        """Tag parameters that a method has added, where they were made together with the model's."""
+        for parameter in trained:
+            self.ledger.retag(parameter, "adapter_weights")
 
         Optimizers make their states before they change a weight, so a peak within that phase holds them all.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from planner.errors import ModelError
 from planner.model import Model
 
-__all__ = ["loaded", "skeleton"]
+__all__ = ["brought", "initialized", "loaded", "skeleton"]
 
 _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -67,8 +68,16 @@ def loaded(net: nn.Module, device: torch.device) -> nn.Module:
     tied. This is the order of HF Trainer, which loads on the CPU and moves the model; loading with a
     `device_map` takes one large block first (transformers' caching_allocator_warmup) and reserves otherwise.
     """
+    brought(net.modules(), device)
+    if device.type != "meta":
+        _initialized(net)
+    return net
+
+
+def brought(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Give these modules tensors of their own on `device`, without values; what is tied stays tied."""
     moved: dict[int, torch.Tensor] = {}
-    for module in net.modules():
+    for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in moved:
@@ -83,9 +92,19 @@ def loaded(net: nn.Module, device: torch.device) -> nn.Module:
         for name, value in list(vars(module).items()):  # rotary embeddings keep a second reference
             if isinstance(value, torch.Tensor) and id(value) in moved:
                 vars(module)[name] = moved[id(value)]
-    if device.type != "meta":
-        _initialized(net)
-    return net
+
+
+def initialized(net: Any, modules: Iterable[nn.Module]) -> None:
+    """Random values for some of a model's modules: the model's own rule, N(0, 0.02) where it has none."""
+    model = net.get_base_model() if hasattr(net, "get_base_model") else net
+    for module in modules:
+        module._is_hf_initialized = False  # type: ignore[assignment]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for parameter in module.parameters(recurse=False):
+                parameter.normal_(std=0.02)
+            model._initialize_weights(module)
 
 
 def _initialized(net: Any) -> None:

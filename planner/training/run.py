@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class TrainingRun:
     """
 
     def __init__(
+    shared = False  # whether several ranks take part: planner.training.sharded_run
+
         self,
         setup: Setup,
         device: torch.device,
@@ -54,7 +56,7 @@ class TrainingRun:
         own_lora: bool = False,
     ) -> None:
         """The model's skeleton is built on `meta`; nothing is on the device yet."""
-        if setup.sharding.is_distributed:
+        if setup.sharding.is_distributed and not self.shared:
             raise SetupError(
                 f"sharding {setup.sharding.sharding} is not run by this step, which has one GPU; "
                 "leave --sharding and --num-gpus out."
@@ -67,6 +69,7 @@ class TrainingRun:
         self.own_lora = own_lora
         self.net = skeleton(
             setup.model,
+        self.autocast_dtype = autocast_dtype(setup.training.precision)
             dtype=weight_dtype(setup.training.precision),
             eager=setup.training.attention == "eager",
         )
@@ -104,6 +107,10 @@ class TrainingRun:
 
     def _load(self) -> None:
         """Weights on the device; for QLoRA quantized, and the others in fp32."""
+            self._join()
+
+    def _join(self) -> None:
+        """Meet the other ranks, where there are any."""
         setup = self.setup
         if not isinstance(setup.method, QLoRA):
             loaded(self.net, self.device)
@@ -117,20 +124,9 @@ class TrainingRun:
         """One optimizer step, all its micro batches included; phases carry the step's number."""
         training = self.setup.training
         with attention_kernels(training.attention):
-            for _micro in range(training.gradient_accumulation_steps):
-                inputs = self._inputs()
-                with self.phases("forward", number):
-                    loss, outputs = self._loss(inputs)
-                    if training.gradient_accumulation_steps > 1:
-                        loss = loss / training.gradient_accumulation_steps
-                if self.loop.keep_outputs:
-                    self._kept = inputs, outputs, loss
-                del inputs, outputs
-                with self.phases("backward", number):
-                    scaled = self.scaler.scale(loss) if self.scaler else loss
-                    scaled.backward()
-                    del scaled
-                del loss
+            for micro in range(training.gradient_accumulation_steps):
+                with self._reduction(last=micro == training.gradient_accumulation_steps - 1):
+                    self._micro_batch(number)
         with self.phases("optimizer_step", number):
             self._optimize(training.clip_grad_norm)
         self._kept = None
@@ -138,6 +134,31 @@ class TrainingRun:
     def _optimize(self, clip_grad_norm: float | None) -> None:
         """Unscale and clip where asked, step, and set the gradients to None, or to zero where asked."""
         if self.scaler and clip_grad_norm is not None:
+    def _micro_batch(self, number: int) -> None:
+        """Forward and backward pass of one micro batch."""
+        accumulated = self.setup.training.gradient_accumulation_steps
+        inputs = self._inputs()
+        with self.phases("forward", number):
+            loss, outputs = self._loss(inputs)
+            if accumulated > 1:
+                loss = loss / accumulated
+        if self.loop.keep_outputs:
+            self._kept = inputs, outputs, loss
+        del inputs, outputs
+        with self.phases("backward", number):
+            scaled = self.scaler.scale(loss) if self.scaler else loss
+            scaled.backward()
+            del scaled
+        del loss
+
+    def _reduction(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Entered around each micro batch: where ranks share the run, they meet after the last one."""
+        return nullcontext()
+
+    def _outputs(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """The forward pass."""
+        return self.net(**inputs)
+
             self.scaler.unscale_(self.optimizer)
         if clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, clip_grad_norm)
@@ -150,14 +171,14 @@ class TrainingRun:
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The loss, and the output object where the loop keeps it alive."""
-        dtype = autocast_dtype(self.setup.training.precision)
+        dtype = self.autocast_dtype
         if dtype is None:
-            outputs = self.net(**inputs)
+            outputs = self._outputs(inputs)
         else:
             from accelerate.utils import convert_outputs_to_fp32
 
             with self.autocast(dtype):
-                outputs = self.net(**inputs)
+                outputs = self._outputs(inputs)
             outputs = convert_outputs_to_fp32(lambda: outputs)()
         return outputs.loss, outputs
 
