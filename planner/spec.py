@@ -26,6 +26,7 @@ from planner.methods import (
     QLoRA,
 )
 from planner.model import Model
+from planner.optimizers import Optimizer, ZeroGrad, check_optimizer
 from planner.sharding import Sharding, check_sharding
 from planner.targets import PRESETS, adapter_places, adapts_experts, bias_tensors, lora_targets
 
@@ -45,7 +46,6 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
-Optimizer = Literal["adamw", "adamw-fused", "sgd"]
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
@@ -60,7 +60,9 @@ class Training:
     `precision` is a recipe: `fp32`, `bf16` and `fp16` keep weights, gradients and AdamW's states in that
     type; `bf16-mixed` and `fp16-mixed` keep fp32 weights under autocast; `textbook` is 16-bit weights
     and gradients with fp32 states (2 + 2 + 8 bytes a parameter). `optimizer` `adamw` is
-    torch.optim.AdamW's own default on CUDA (foreach). `attention` `sdpa` is torch's choice.
+    torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
+    is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
+    `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
     """
 
     micro_batch_size: int = 1
@@ -71,6 +73,7 @@ class Training:
     activation_checkpointing: bool = False
     attention: Attention = "sdpa"
     clip_grad_norm: float | None = None
+    zero_grad: ZeroGrad = "none"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use. Raises SetupError."""
@@ -79,12 +82,14 @@ class Training:
         choice("precision", self.precision, get_args(Precision))
         choice("optimizer", self.optimizer, get_args(Optimizer))
         choice("attention", self.attention, get_args(Attention))
+        choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
                 f"activation_checkpointing must be true or false, got {self.activation_checkpointing!r}."
             )
         if self.clip_grad_norm is not None:
             number("clip_grad_norm", self.clip_grad_norm, low=0.0, low_allowed=False)
+        check_optimizer(self)
         if self.attention in _HALF_ONLY and self.precision == "fp32":
             raise SetupError(
                 f"attention {self.attention} needs a 16-bit precision, got fp32; "

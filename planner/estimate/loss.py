@@ -21,8 +21,9 @@ class LossMemory:
     """Bytes of head and loss, those of the head's input not counted.
 
     `input_kept`: the head keeps its input [T, h] for its weight's gradient. `weight_bytes` are the
-    gradients it leaves; `backward` is its worst moment; `output_bytes` are the logits in the model's
-    output, which the loop holds to the end of the step.
+    gradients it leaves, `waiting_bytes` of them in the engine until a tied embedding's come; `backward`
+    is its worst moment; `output_bytes` are the logits in the model's output, which the loop holds to the
+    end of the step.
     """
 
     forward_peak_bytes: int
@@ -31,6 +32,7 @@ class LossMemory:
     weight_bytes: int
     input_kept: bool
     output_bytes: int
+    waiting_bytes: int = 0
 
 
 def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architecture) -> Tensor:
@@ -68,11 +70,21 @@ def loss_memory(
     kept = sum([owner.size_bytes for owner in keepers if owner is not hidden])
     held = logits.size_bytes if single is not logits else 0
     output = block_bytes(4 * logits.numel) if ops.recipe.autocast else logits.size_bytes
+    weights = sum([node.weight_bytes for node in ops.nodes])
     return LossMemory(
         forward_peak_bytes=kept + held + single.size_bytes,
         kept_bytes=kept,
-        backward=ops.backward_moment(keepers, hidden, logarithms, accumulates=accumulates)[0],
-        weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
+        backward=ops.backward_moment(
+            keepers, hidden, logarithms, accumulates=accumulates, head_bytes=_product_bytes(ops, form)
+        )[0],
+        weight_bytes=weights,
+        waiting_bytes=weights if form.head_table_trained else 0,
         input_kept=hidden in keepers,
         output_bytes=output,
     )
+
+
+def _product_bytes(ops: Operations, form: ModelForm) -> int:
+    """The gradient of the output weight as the product that makes it: in the compute type under autocast."""
+    element = ops.recipe.compute if ops.recipe.autocast else ops.recipe.base
+    return block_bytes(form.head.inputs * form.head.outputs * element)

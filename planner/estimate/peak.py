@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from planner.errors import SetupError
 from planner.estimate.forms import model_form
+from planner.estimate.optimizers import states_are_known
 from planner.estimate.resident import Resident, resident
 from planner.estimate.stack import Stack, has_formulas, stack
 from planner.estimate.workspace import workspace_bytes
+from planner.optimizers import paged_note
 from planner.report import MemoryReport, Parts, Phase
 from planner.spec import PeftConfig, QLoRA, Setup
 from planner.version import __version__
@@ -55,7 +57,12 @@ def estimate(setup: Setup) -> MemoryReport:
         again = stack(setup, accumulates=True)
         later = _moments(kept, again, workspace, checkpointed=checkpointed, accumulates=True)
         worst = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
-    peak = max(worst.values(), key=lambda moment: moment.total_bytes)
+    steady = worst
+    if layers is not None and setup.training.zero_grad == "zero":
+        again = stack(setup, accumulates=True)
+        later = _moments(kept, again, workspace, checkpointed=checkpointed, after_zeroing=True)
+        steady = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
+    peak = max(steady.values(), key=lambda moment: moment.total_bytes)
     return MemoryReport(
         source="estimate",
         setup=setup.to_dict(),
@@ -70,11 +77,15 @@ def estimate(setup: Setup) -> MemoryReport:
             temporaries=peak.temporaries,
             workspace=peak.workspace,
         ),
-        phases=_phases(kept, layers, worst, workspace, checkpointed),
+        phases=_phases(setup, kept, layers, (worst, steady), workspace),
         peak_phase=peak.phase,
         not_known=_not_known(setup),
-        notes=_notes(setup),
-        provenance={"planner": __version__, "model": setup.model.source},
+        notes=_notes(setup, kept.paged_bytes),
+        provenance={
+            "planner": __version__,
+            "model": setup.model.source,
+            **({"paged_bytes": kept.paged_bytes} if kept.paged_bytes else {}),
+        },
     )
 
 
@@ -91,8 +102,13 @@ def _moments(
     *,
     checkpointed: bool,
     accumulates: bool = False,
+    after_zeroing: bool = False,
 ) -> dict[str, _Candidate]:
-    """The worst moment of each phase in a step whose states are there."""
+    """The worst moment of each phase in a step whose states are there.
+
+    `accumulates`: after another micro batch, whose output waits; `after_zeroing`: after a step that left its
+    gradients.
+    """
     gradients = kept.gradients_bytes
     optimizer = _Candidate(
         phase="optimizer_step",
@@ -108,7 +124,7 @@ def _moments(
             "backward": _Candidate(phase="backward", gradients=gradients, workspace=workspace),
             "optimizer_step": optimizer,
         }
-    before = gradients if accumulates else 0
+    before = gradients if accumulates or after_zeroing else 0
     return {
         "forward": _forward(layers, before, workspace, layers.loss.output_bytes if accumulates else 0),
         "backward": _backward(layers, before, workspace, checkpointed=checkpointed),
@@ -167,7 +183,7 @@ def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bo
         logits_and_loss=output + loss.kept_bytes + loss.temporaries_bytes,
         workspace=workspace,
     )
-    made = gradients or layers.loss.weight_bytes
+    made = gradients + layers.loss.waiting_bytes if gradients else layers.loss.weight_bytes
     for stretch in reversed(layers.stretches):
         moment = stretch.backward
         if moment is None:
@@ -193,19 +209,24 @@ def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bo
 
 
 def _phases(
+    setup: Setup,
     kept: Resident,
     layers: Stack | None,
-    worst: dict[str, _Candidate],
+    worst: tuple[dict[str, _Candidate], dict[str, _Candidate]],
     workspace: int,
-    checkpointed: bool,
 ) -> tuple[Phase, ...]:
-    """Load, attach and two steps: optimizer states come at the end of the first."""
+    """Load, attach and two steps: optimizer states come at the end of the first.
+
+    `worst` are the moments of the first step and of the second.
+    """
+    left = kept.gradients_bytes if setup.training.zero_grad == "zero" else 0
     base = kept.base_weights_bytes
     attached = base + kept.adapter_weights_bytes
     states = kept.optimizer_states_bytes
     waiting = output = 0
     if layers is not None:
-        waiting = layers.loss.output_bytes + layers.loss.kept_bytes + _waiting(layers, checkpointed)
+        waiting = layers.loss.output_bytes + layers.loss.kept_bytes
+        waiting += _waiting(layers, setup.training.activation_checkpointing)
         output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
@@ -214,18 +235,20 @@ def _phases(
     for step in (1, 2):
         resident_bytes = attached + (states if step == 2 else 0)
         ends = {
-            "forward": resident_bytes + waiting + workspace,
+            "forward": resident_bytes + waiting + workspace + (left if step == 2 else 0),
             "backward": resident_bytes + kept.gradients_bytes + output + workspace,
-            "optimizer_step": attached + states + output + workspace,
+            "optimizer_step": attached + states + output + workspace + left,
         }
         for name, end in ends.items():
             base_bytes = attached + states if name == "optimizer_step" else resident_bytes
-            peak = max(base_bytes + worst[name].total_bytes, end)
+            peak = max(base_bytes + worst[step - 1][name].total_bytes, end)
             phases.append(Phase(name=name, allocated_bytes=end, peak_allocated_bytes=peak, step=step))
     return tuple(phases)
 
 
 def _not_known(setup: Setup) -> tuple[str, ...]:
+    if not states_are_known(setup):
+        return ("optimizer_states", *_UNKNOWN, *(("workspace",) if setup.model.is_bare else ()))
     if setup.model.is_bare:
         return (*_UNKNOWN, "workspace")
     if isinstance(setup.method, PeftConfig):
@@ -233,7 +256,16 @@ def _not_known(setup: Setup) -> tuple[str, ...]:
     return () if has_formulas(setup) else _UNKNOWN
 
 
-def _notes(setup: Setup) -> tuple[str, ...]:
+def _notes(setup: Setup, paged_bytes: int) -> tuple[str, ...]:
+    return (*_not_known_notes(setup), *((paged_note(paged_bytes),) if paged_bytes else ()))
+
+
+def _not_known_notes(setup: Setup) -> tuple[str, ...]:
+    if not states_are_known(setup):
+        return (
+            "Adafactor's states follow from the shapes of what is trained, of which only a number of "
+            "parameters is known; activations, loss and temporaries count as 0, too.",
+        )
     if setup.model.is_bare:
         return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
     if isinstance(setup.method, PeftConfig):

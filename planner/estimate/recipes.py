@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.spec import Optimizer, Precision
+from planner.spec import Precision
 
-__all__ = ["RECIPES", "Recipe", "state_bytes"]
+__all__ = ["RECIPES", "Recipe"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +36,3 @@ RECIPES: dict[Precision, Recipe] = {
     "fp16-mixed": Recipe(base=4, adapter=4, compute=2, autocast=True),
     "textbook": Recipe(base=2, adapter=2, compute=2, state=4),
 }
-
-_STATES: dict[Optimizer, int] = {"adamw": 2, "adamw-fused": 2, "sgd": 0}  # sgd without momentum
-
-
-def state_bytes(recipe: Recipe, optimizer: Optimizer, weight_bytes: int) -> int:
-    """Bytes of optimizer states for one trained element whose weight has `weight_bytes`."""
-    return _STATES[optimizer] * (recipe.state or weight_bytes)

@@ -206,7 +206,13 @@ class Tape:
         return peak
 
     def backward_moment(
-        self, keepers: dict[Tensor, int], outside: Tensor | None, out: Tensor, *, accumulates: bool
+        self,
+        keepers: dict[Tensor, int],
+        outside: Tensor | None,
+        out: Tensor,
+        *,
+        accumulates: bool,
+        head_bytes: int = 0,
     ) -> tuple[Moment, int]:
         """The moment of most memory while gradients flow from `out` to the stretch's inputs.
 
@@ -215,7 +221,7 @@ class Tape:
 
         Storages of `outside` (the stretch's input) are not counted. `accumulates`: weights have
         gradients already, so that new ones live only until they are added. A new one counts as a
-        temporary until its node is done.
+        temporary until its node is done, but `head_bytes` of the output weight's as a gradient.
         """
         users = dict(keepers)
         users.pop(outside, None)  # type: ignore[arg-type]
@@ -243,7 +249,8 @@ class Tape:
             new_bytes = live + node.scratch_bytes + node.weight_bytes
             if kept + new_bytes + weights > best_total:
                 best_total = kept + new_bytes + weights
-                best = Moment(kept, new_bytes, weights)
+                new_weights = min(node.weight_bytes, head_bytes)
+                best = Moment(kept, new_bytes - new_weights, weights + new_weights)
             if not accumulates:
                 weights += node.weight_bytes
             for tensor, new in made:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import DeviceError, ModelError, PlannerError, SetupError, TraceError
+from planner.optimizers import paged_note
 from planner.record import Device
 from planner.report import PARTS, MemoryReport, OutOfMemory, Parameters, Parts, Phase
 from planner.spec import Setup
@@ -59,6 +60,7 @@ class Readings:
     parameters: Mapping[str, int] | None = None
     device: Mapping[str, Any] | None = None
     workspace_bytes: int | None = None
+    paged_bytes: int = 0
     out_of_memory: Mapping[str, Any] | None = None
     done: bool = False
     notes: tuple[str, ...] = ()
@@ -101,6 +103,8 @@ def readings(events: Iterable[Mapping[str, Any]]) -> Readings:
             notes.append(str(event["text"]))
         elif kind == "workspace":
             values["workspace_bytes"] = event["workspace_bytes"]
+        elif kind == "paged":
+            values["paged_bytes"] = event["paged_bytes"]
         elif kind == "done":
             values["done"] = True
     if not started or not phases or "parameters" not in values:
@@ -174,6 +178,7 @@ def measured_report(setup: Setup, found: Readings, *, date: str, command: str = 
             "others_bytes": found.device["others_bytes"],
             "context_bytes": max(contexts),
             "alloc_retries": max(p["retries"] for p in phases),
+            **({"paged_bytes": found.paged_bytes} if found.paged_bytes else {}),
         },
     )
 
@@ -226,6 +231,8 @@ def _notes(remainder: str, known: set[str], found: Readings) -> tuple[str, ...]:
             )
         else:
             notes.append("A library beside torch's allocator ran out of memory; its request is not known.")
+    if found.paged_bytes:
+        notes.append(paged_note(found.paged_bytes))
     return (*notes, *found.notes)
 
 

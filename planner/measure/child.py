@@ -201,6 +201,8 @@ def _measure_alone(job: Mapping[str, Any], emit: Callable[..., None], torch: Any
     workspace = workspace_bytes()
     if workspace is not None:
         emit("workspace", workspace_bytes=workspace)
+    if readings.paged_bytes:
+        emit("paged", paged_bytes=readings.paged_bytes)
     emit("done")
 
 

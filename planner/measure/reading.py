@@ -130,19 +130,24 @@ class CudaReadings:
         states = self._state_bytes(name)
         if states == self._states:  # where they appear, they do so somewhere within the phase
             known["optimizer_states"] = states
-        self._states, self._gradients = states, 0
-        self._accumulated.clear()
+        self._states = states
+        if not any(parameter.grad is not None for parameter in self._accumulated.values()):
+            self._gradients = 0  # given up, and not set to zero
+            self._accumulated.clear()
         return known
 
+    @property
+    def paged_bytes(self) -> int:
+        """States in bitsandbytes' managed memory, which torch's allocator does not know."""
+        paged = (value for value in self._state_tensors() if getattr(value, "is_paged", False))
+        return sum(value.numel() * value.element_size() for value in paged)
+
     def _state_bytes(self, name: str) -> int:
-        assert self._run is not None
-        kept = [
-            value
-            for state in self._run.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        return _bytes_of(self._blocks(name), kept)
+        return _bytes_of(self._blocks(name), self._state_tensors())
+
+    def _state_tensors(self) -> list[torch.Tensor]:
+        states = self._run.optimizer.state.values() if self._run else ()
+        return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
     @property
     def _present(self) -> tuple[int, ...]:

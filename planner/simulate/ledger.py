@@ -30,6 +30,7 @@ class Moment:
     step: int | None = None
     op: str = ""
     place: Any = None
+    event: int = 0
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class _Entry:
     size_bytes: int
     part: str
     watch: Any
+    born: int
 
 
 class Ledger:
@@ -61,6 +63,7 @@ class Ledger:
         self.peak = Moment()
         self.peak_in_phase = False  # of equal peaks the latest phase's first counts, as a probe sees it
         self.totals = dict.fromkeys(PARTS, 0)
+        self.paged_bytes = 0  # of bitsandbytes' paged optimizers: managed memory, not the allocator's
         self.events: list[int] = []
         self.trail: list[tuple[Any, ...]] | None = None  # see planner.simulate.events
         self._live: dict[int, _Entry] = {}
@@ -74,7 +77,7 @@ class Ledger:
         tag = part or self.part
         block, size = self._malloc(storage.nbytes(), tag)
         watch = weakref.ref(storage, lambda _ref: self._free(key))
-        self._live[key] = _Entry(block, size, tag, watch)
+        self._live[key] = _Entry(block, size, tag, watch, len(self.events))
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is on the device already."""
@@ -89,6 +92,15 @@ class Ledger:
         self.totals[part] += entry.size_bytes
         entry.part = part
         return entry.size_bytes
+
+    def count_paged(self, size_bytes: int) -> None:
+        """Note managed memory, which torch's allocator does not know."""
+        self.paged_bytes += size_bytes
+
+    def was_at_peak(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage was there when allocated memory was highest."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return entry is not None and entry.born <= self.peak.event
 
     def bytes_of(self, tensor: torch.Tensor) -> int:
         """Bytes of the block that holds the tensor's storage, 0 where it is not on the device."""
@@ -141,7 +153,13 @@ class Ledger:
         if allocator.allocated_bytes >= self.peak.allocated_bytes + self.peak_in_phase:
             self.peak_in_phase = True
             self.peak = Moment(
-                allocator.allocated_bytes, self.totals.copy(), self.phase, self.step, self.op, self.place
+                allocator.allocated_bytes,
+                self.totals.copy(),
+                self.phase,
+                self.step,
+                self.op,
+                self.place,
+                len(self.events) + 1,
             )
         self.events.append(allocator.allocated_bytes)
         if len(self.events) > LARGEST_EVENT_COUNT:

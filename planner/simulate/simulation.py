@@ -14,6 +14,7 @@ from torch import nn
 
 from planner.catalog.gpus import Gpu
 from planner.errors import PlannerError, TraceError
+from planner.optimizers import paged_note
 from planner.report import MemoryReport, OutOfMemory, Parameters, Parts, PeakSite, Phase
 from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.simulate.attention import AttentionRules
@@ -21,6 +22,7 @@ from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
+from planner.simulate.paged_forms import paged_forms
 from planner.simulate.peft_forms import peft_forms
 from planner.simulate.quantized_forms import quantized_forms
 from planner.simulate.trace import Modules, Tracer, head_of
@@ -74,6 +76,7 @@ class Simulation:
                 stack.enter_context(cuda_forms(self.rules))
                 stack.enter_context(cuda_autocast_functions())
                 stack.enter_context(quantized_forms())
+                stack.enter_context(paged_forms(self.ledger.count_paged))
                 stack.enter_context(peft_forms(self.tracer))
                 stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", self.ledger.empty_cache))
                 stack.enter_context(self.tracer)
@@ -154,13 +157,15 @@ class Simulation:
         for parameter in trained:
             self.ledger.retag(parameter, "adapter_weights")
 
-        Optimizers make their states before they change a weight, so a peak within that phase holds them all.
+        Such a peak holds what was made before it: Adafactor and bitsandbytes make a tensor's states when they
+        come to it.
         """
         made = 0
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor) and value.device.type == "meta":
-                    made += self.ledger.retag(value, "optimizer_states")
+                    moved = self.ledger.retag(value, "optimizer_states")
+                    made += moved if self.ledger.was_at_peak(value) else 0
         peak = self.ledger.peak
         if made and peak.phase == "optimizer_step" and peak.step == self.ledger.last_step:
             peak.parts["temporaries"] -= made
@@ -194,7 +199,7 @@ class Simulation:
         self, setup: Mapping[str, Any], parameters: Parameters, provenance: Mapping[str, Any]
     ) -> MemoryReport:
         """What was seen, as the report that all verbs share."""
-        peak = self.ledger.peak
+        peak, paged = self.ledger.peak, self.ledger.paged_bytes
         if self.ledger.trail is not None:
             self.trail = tuple(self.ledger.trail)  # before the run's own tensors are given up
         return MemoryReport(
@@ -208,7 +213,8 @@ class Simulation:
             peak_site=self.peak_site(),
             out_of_memory=self.out_of_memory,
             timeline=self.timeline(),
-            provenance=provenance,
+            notes=(paged_note(paged),) if paged else (),
+            provenance={**provenance, **({"paged_bytes": paged} if paged else {})},
         )
 
     def _failure(self, error: OutOfDeviceMemory) -> OutOfMemory:

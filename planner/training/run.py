@@ -15,7 +15,7 @@ from planner.spec import QLoRA, Setup
 from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
 from planner.training.build import loaded, skeleton
-from planner.training.optimizers import optimizer_for
+from planner.training.optimizers import optimizer_for, require_library
 from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, weight_dtype
 
 __all__ = ["Loop", "PhaseHook", "TrainingRun"]
@@ -61,6 +61,7 @@ class TrainingRun:
                 f"sharding {setup.sharding.sharding} is not run by this step, which has one GPU; "
                 "leave --sharding and --num-gpus out."
             )
+        require_library(setup.training.optimizer)
         self.setup = setup
         self.device = device
         self.phases = phases
@@ -101,7 +102,7 @@ class TrainingRun:
             self.net.train()
             move_trained(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
-            self.optimizer = optimizer_for(training.optimizer, self.trained)
+            self.optimizer = optimizer_for(training.optimizer, self.net)
             if training.precision == "fp16-mixed":
                 self.scaler = torch.amp.GradScaler("cuda")
 
@@ -167,7 +168,7 @@ class TrainingRun:
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.setup.training.zero_grad == "none")
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The loss, and the output object where the loop keeps it alive."""

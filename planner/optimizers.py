@@ -1,0 +1,47 @@
+"""The optimizers by name, and which library brings each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from planner.errors import SetupError
+from planner.units import gib
+
+if TYPE_CHECKING:
+    from planner.spec import Training
+
+__all__ = ["EIGHT_BIT", "Optimizer", "ZeroGrad", "check_optimizer", "paged_note"]
+
+Optimizer = Literal[
+    "adamw",
+    "adamw-fused",
+    "adamw-single",
+    "adamw-8bit",
+    "paged-adamw-8bit",
+    "adafactor",
+    "sgd",
+    "sgd-momentum",
+    "lion-8bit",
+]
+ZeroGrad = Literal["none", "zero"]
+
+EIGHT_BIT = ("adamw-8bit", "paged-adamw-8bit", "lion-8bit")
+"""bitsandbytes' optimizers as HF Trainer sets them up: states in 8 bits, those of embeddings in fp32."""
+
+
+def check_optimizer(training: Training) -> None:
+    """Refuse an optimizer that the precision contradicts. Raises SetupError."""
+    if training.optimizer in EIGHT_BIT and training.precision == "textbook":
+        raise SetupError(
+            f"precision textbook counts optimizer states in fp32, optimizer {training.optimizer} keeps them "
+            "in 8 bits; choose precision bf16, or optimizer adamw."
+        )
+
+
+def paged_note(paged_bytes: int) -> str:
+    """What a report says of states in paged memory."""
+    return (
+        f"{gib(paged_bytes)} of optimizer states are paged by bitsandbytes: managed memory that moves "
+        "between the GPU and the host. torch does not count it, so no number here holds it; the host must "
+        "have room for it."
+    )
