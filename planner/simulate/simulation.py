@@ -149,13 +149,13 @@ class Simulation:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._gradient)
 
-    def know_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tag what the optimizer keeps, also in a peak of the step that has just made it.
-
     def know_adapters(self, trained: Iterable[torch.Tensor]) -> None:
         """Tag parameters that a method has added, where they were made together with the model's."""
         for parameter in trained:
             self.ledger.retag(parameter, "adapter_weights")
+
+    def know_states(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tag what the optimizer keeps, also in a peak of the step that has just made it.
 
         Such a peak holds what was made before it: Adafactor and bitsandbytes make a tensor's states when they
         come to it.
