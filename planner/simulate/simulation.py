@@ -47,9 +47,9 @@ class Simulation:
         allocator: AllocatorConfig | None = None,
         limit_bytes: int | None = None,
         progress: Progress | None = None,
+        tracer: type[Tracer] = Tracer,
     ) -> None:
         """An empty device."""
-        tracer: type[Tracer] = Tracer,
         capability = gpu.capability if gpu else None
         self.allocator = CachingAllocator(allocator or AllocatorConfig(), device_bytes=limit_bytes)
         self.ledger = Ledger(self.allocator)

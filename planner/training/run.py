@@ -43,9 +43,9 @@ class TrainingRun:
     Attributes after `prepare`: `net`, `optimizer`, `trained` (parameters that require gradients).
     """
 
-    def __init__(
     shared = False  # whether several ranks take part: planner.training.sharded_run
 
+    def __init__(
         self,
         setup: Setup,
         device: torch.device,
@@ -67,10 +67,10 @@ class TrainingRun:
         self.phases = phases
         self.loop = loop or Loop()
         self.autocast = autocast
+        self.autocast_dtype = autocast_dtype(setup.training.precision)
         self.own_lora = own_lora
         self.net = skeleton(
             setup.model,
-        self.autocast_dtype = autocast_dtype(setup.training.precision)
             dtype=weight_dtype(setup.training.precision),
             eager=setup.training.attention == "eager",
         )
@@ -105,13 +105,13 @@ class TrainingRun:
             self.optimizer = optimizer_for(training.optimizer, self.net)
             if training.precision == "fp16-mixed":
                 self.scaler = torch.amp.GradScaler("cuda")
-
-    def _load(self) -> None:
-        """Weights on the device; for QLoRA quantized, and the others in fp32."""
             self._join()
 
     def _join(self) -> None:
         """Meet the other ranks, where there are any."""
+
+    def _load(self) -> None:
+        """Weights on the device; for QLoRA quantized, and the others in fp32."""
         setup = self.setup
         if not isinstance(setup.method, QLoRA):
             loaded(self.net, self.device)
@@ -132,9 +132,6 @@ class TrainingRun:
             self._optimize(training.clip_grad_norm)
         self._kept = None
 
-    def _optimize(self, clip_grad_norm: float | None) -> None:
-        """Unscale and clip where asked, step, and set the gradients to None, or to zero where asked."""
-        if self.scaler and clip_grad_norm is not None:
     def _micro_batch(self, number: int) -> None:
         """Forward and backward pass of one micro batch."""
         accumulated = self.setup.training.gradient_accumulation_steps
@@ -160,6 +157,9 @@ class TrainingRun:
         """The forward pass."""
         return self.net(**inputs)
 
+    def _optimize(self, clip_grad_norm: float | None) -> None:
+        """Unscale and clip where asked, step, and set the gradients to None, or to zero where asked."""
+        if self.scaler and clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
         if clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, clip_grad_norm)
