@@ -53,9 +53,9 @@ class Ledger:
         """An empty device."""
         self.allocator = allocator
         self.part = "base_weights"
+        self.stream = 0  # whose pools serve new blocks
         self.phase = ""
         self.step: int | None = None
-        self.stream = 0  # whose pools serve new blocks
         self.last_step: int | None = None
         self.op: Any = ""
         self.place: Any = None
@@ -68,16 +68,17 @@ class Ledger:
         self.trail: list[tuple[Any, ...]] | None = None  # see planner.simulate.events
         self._live: dict[int, _Entry] = {}
 
-    def record(self, tensor: torch.Tensor, part: str | None = None) -> None:
-        """Allocate the tensor's storage unless it is known already."""
+    def record(self, tensor: torch.Tensor, part: str | None = None) -> int:
+        """Allocate the tensor's storage unless it is known already; its identity where it is new, else 0."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
-            return
+            return 0
         tag = part or self.part
         block, size = self._malloc(storage.nbytes(), tag)
         watch = weakref.ref(storage, lambda _ref: self._free(key))
         self._live[key] = _Entry(block, size, tag, watch, len(self.events))
+        return key
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is on the device already."""
@@ -99,13 +100,17 @@ class Ledger:
 
     def was_at_peak(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage was there when allocated memory was highest."""
-        entry = self._live.get(tensor.untyped_storage()._cdata)
+        entry = self._live.get(_identity(tensor))
         return entry is not None and entry.born <= self.peak.event
 
     def bytes_of(self, tensor: torch.Tensor) -> int:
         """Bytes of the block that holds the tensor's storage, 0 where it is not on the device."""
         entry = self._live.get(_identity(tensor))
         return entry.size_bytes if entry else 0
+
+    def left_the_device(self, tensor: torch.Tensor) -> None:
+        """Give the tensor's block back though the tensor lives on: it has moved to the host's memory."""
+        self._free(_identity(tensor))
 
     def scratch(self, sizes_bytes: list[int], part: str = "temporaries") -> None:
         """Blocks that a kernel takes together and gives back before it returns."""
@@ -117,6 +122,19 @@ class Ledger:
     def workspace(self, size_bytes: int) -> None:
         """A block that a library keeps for good."""
         self._malloc(size_bytes, "workspace")
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Follow a storage that was given another size: FSDP2 empties and refills gathered weights so."""
+        entry = self._live.get(storage._cdata)
+        if entry is None:
+            return
+        if entry.block:
+            self.totals[entry.part] -= entry.size_bytes
+            self._give_back(entry.block)
+            entry.block = entry.size_bytes = 0
+        if size_bytes := storage.nbytes():
+            entry.block, entry.size_bytes = self._malloc(size_bytes, entry.part)
+            entry.born = len(self.events)
 
     def failed(self) -> None:
         """Note who is asking: what runs while the error passes would be named instead."""
@@ -135,18 +153,6 @@ class Ledger:
             block = allocator.malloc(size_bytes, self.stream)
         except OutOfDeviceMemory:
             self.failed()
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """Follow a storage that was given another size: FSDP2 empties and refills gathered weights so."""
-        entry = self._live.get(storage._cdata)
-        if entry is None:
-            return
-        if entry.block:
-            self.totals[entry.part] -= entry.size_bytes
-            self._give_back(entry.block)
-            entry.block = entry.size_bytes = 0
-        if size_bytes := storage.nbytes():
-            entry.block, entry.size_bytes = self._malloc(size_bytes, entry.part)
-
             raise
         size = allocator.block_bytes(block)
         self.totals[part] += size

@@ -26,14 +26,14 @@ def paged_forms(count: Callable[[int], None]) -> Iterator[None]:
         return
     from bitsandbytes import functional
 
-    def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
+    def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
         count(math.prod(shape) * dtype.itemsize)
         buffer: Any = torch.zeros((), dtype=dtype, device="cpu").expand(shape)  # one element holds for all
         buffer.is_paged = True
         return buffer  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
-        for name, form in (("get_paged", get_paged), ("fill", _nothing), ("prefetch_tensor", _nothing)):
+        for name, form in (("get_paged", paged), ("fill", _nothing), ("prefetch_tensor", _nothing)):
             stack.enter_context(mock.patch.object(functional, name, form))
         yield
 

@@ -10,7 +10,6 @@ import torch
 
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.optimizers import EIGHT_BIT
-from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.place import simulated_place
