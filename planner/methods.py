@@ -70,7 +70,8 @@ class QLoRA(LoRA):
 
     `nf4` is 4 bits with an fp32 scale for each 64 numbers, `nf4-double` quantizes the scales too, `int8` is
     8 bits with a scale for each row (LLM.int8). All that is not quantized is fp32, as
-    peft.prepare_model_for_kbit_training makes it; `precision` is the type that products are computed in.
+    peft.prepare_model_for_kbit_training makes it; `precision` is the type that quantized products are
+    computed in, `-mixed` with autocast over the rest, as HF Trainer's `bf16=True`.
     """
 
     name = "qlora"

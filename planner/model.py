@@ -117,7 +117,7 @@ class Architecture:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tied_head: bool = True
-    embedding_scale: bool = False  # embeddings multiplied by sqrt(h), Gemma
+    embedding_scale: bool = False  # embeddings multiplied by a number, Gemma and Granite
     num_experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0

@@ -49,7 +49,7 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textboo
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
-_QLORA_PRECISIONS = ("bf16", "fp16")  # what bitsandbytes computes in; all it leaves alone is fp32
+_QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
 _FLASH_HEAD_LIMIT = 256  # aten/.../cuda/sdp_utils.cpp: check_head_dim_size_flash
 
 
@@ -287,7 +287,12 @@ def _check_qlora(method: QLoRA, training: Training) -> None:
     if training.precision not in _QLORA_PRECISIONS:
         raise SetupError(
             f"method qlora computes in 16 bits over quantized weights, precision {training.precision} does "
-            f"not; choose {' or '.join(_QLORA_PRECISIONS)}."
+            f"not; choose {', '.join(_QLORA_PRECISIONS)}."
+        )
+    if training.attention in _HALF_ONLY and not training.precision.endswith("-mixed"):
+        raise SetupError(
+            f"attention {training.attention} takes 16-bit numbers, and qlora with precision "
+            f"{training.precision} attends in fp32; choose bf16-mixed, or attention sdpa, efficient or eager."
         )
 
 

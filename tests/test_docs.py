@@ -235,10 +235,9 @@ def published_table() -> str:
         runs = [run for run in published_runs() if run.setup["method"] == method]
         errors = [run.simulated_allocated_bytes / run.peak_allocated_bytes - 1 for run in runs]
         rows.append(row(f"simulation, {name}", errors))
-        if method == "lora":
-            estimates = [estimate(Setup.from_dict(run.setup)).peak_allocated_bytes for run in runs]
-            errors = [size / run.peak_allocated_bytes - 1 for size, run in zip(estimates, runs, strict=True)]
-            rows.append(row(f"formulas, {name}", errors))
+        estimates = [estimate(Setup.from_dict(run.setup)).peak_allocated_bytes for run in runs]
+        errors = [size / run.peak_allocated_bytes - 1 for size, run in zip(estimates, runs, strict=True)]
+        rows.append(row(f"formulas, {name}", errors))
     return "\n".join(rows).replace("%", " %").replace("-0.00 %", "0.00 %").replace("+0.00 %", "0.00 %") + "\n"
 
 

@@ -176,11 +176,13 @@ def _math(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
     q, k, v = (ops.cast(t, 4) for t in (q, k, v))
     if plan.k != plan.a and not plan.repeated:
         k, v = (ops.op((t,), q.numel, t.element) for t in (k, v))
-    q, k = ops.scaled(q), ops.scaled(k)
-    scores = ops.op((q, k), n, 4, (q, k))
+    query, key = ops.scaled(q), ops.scaled(k)
+    scores = ops.op((query, key), n, 4, (query, key))
     probabilities = ops.op((scores,), n, 4, keeps_output=True, scratch_bytes=block_bytes(n * 4))
     dropped = ops.dropout(probabilities, plan.dropout)
-    return ops.cast(ops.op((dropped, v), q.numel, 4, (dropped, v)), element)
+    out = ops.op((dropped, v), q.numel, 4, (dropped, v))
+    ops.hold(q, query, k)
+    return ops.cast(out, element)
 
 
 def _eager(

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from planner.catalog.outputs import OUTPUTS, takes_adapter
 from planner.estimate.parameters import trained_tensors
+from planner.estimate.quantized import quantized_tensors
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
-from planner.spec import Adapter, LoRA, Setup
+from planner.spec import Adapter, LoRA, QLoRA, Setup
 from planner.targets import adapted_weights
 
 __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "model_form"]
@@ -31,6 +32,7 @@ class LinearForm:
     rank: int = 0
     lora_dropout: float = 0.0
     bottleneck: int = 0
+    quantized: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,19 +105,25 @@ class _Marks:
     outputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     hidden_size: int = 0
     biased: set[str] = field(default_factory=set)
+    quantized: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_trained(self, name: str, layer: int | None) -> bool:
-        layers = self.trained.get(name)
-        return layers is not None and (layer is None or not layers or layer in layers)
+        return _covers(self.trained.get(name), layer)
+
+    def is_quantized(self, name: str, layer: int | None) -> bool:
+        return _covers(self.quantized.get(name), layer)
 
     def rank_of(self, module: str, layer: int | None) -> int:
-        layers = self.adapted.get(module)
-        return self.rank if layers is not None and (layer is None or not layers or layer in layers) else 0
+        return self.rank if _covers(self.adapted.get(module), layer) else 0
 
     def bottleneck_behind(self, module: str) -> int:
         if self.bottleneck is None or not takes_adapter(module, self.kind, *self.outputs):
             return 0
         return self.bottleneck.bottleneck(self.hidden_size)
+
+
+def _covers(layers: tuple[int, ...] | None, layer: int | None) -> bool:
+    return layers is not None and (layer is None or not layers or layer in layers)
 
 
 def model_form(setup: Setup) -> ModelForm:
@@ -169,6 +177,8 @@ def _marks(setup: Setup, shape: Architecture) -> _Marks:
     if isinstance(method, LoRA):
         marks.rank, marks.dropout = method.lora_rank, method.lora_dropout
         marks.adapted = {t.module: t.layers for t in adapted_weights(model, method.target_modules)}
+        if isinstance(method, QLoRA):
+            marks.quantized = {t.name: t.layers for t in quantized_tensors(model)}
     elif isinstance(method, Adapter):
         marks.bottleneck, marks.kind = method, method.adapter_kind
         marks.outputs = OUTPUTS.get(shape.family, ((shape.attention_output,), (shape.mlp_output,)))
@@ -232,6 +242,7 @@ def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearFor
         rank=rank,
         lora_dropout=marks.dropout if rank else 0.0,
         bottleneck=marks.bottleneck_behind(tensor.module),
+        quantized=marks.is_quantized(tensor.name, layer),
     )
 
 

@@ -7,6 +7,7 @@ follows torch 2.13, tools/autograd/derivatives.yaml; what runs follows transform
 from __future__ import annotations
 
 from planner.estimate.forms import LinearForm, NormForm
+from planner.estimate.quantized_linear import quantized_product
 from planner.estimate.recipes import Recipe
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tape, Tensor
@@ -58,7 +59,7 @@ class Operations(Tape):
         x is kept where W is trained, never where it is frozen. Under autocast x and W are cast; the cast
         W is kept where x needs a gradient (aten/src/ATen/autocast_mode.cpp).
         """
-        out = self._product_with_weight(x, form)
+        out = quantized_product(self, x, form) if form.quantized else self._product_with_weight(x, form)
         if form.rank:
             out = self._lora(x, out, form)
         if form.bottleneck:
@@ -102,9 +103,9 @@ class Operations(Tape):
         """result + B(A(dropout(x))) alpha / r: peft/tuners/lora/layer.py, `Linear.forward`.
 
         Keeps x in the adapter's type (a copy of its own for each target module) for A's gradient, and
-        A's output [T, r] for B's.
+        A's output [T, r] for B's. Over a quantized layer autocast casts x itself (tuners/lora/bnb.py).
         """
-        single = self.cast(x, self.recipe.adapter)
+        single = x if form.quantized and self.recipe.autocast else self.cast(x, self.recipe.adapter)
         down = self._trained(self.dropout(single, form.lora_dropout), form.inputs, form.rank)
         up = self._trained(down, form.rank, form.outputs)
         out = self.cast(self.add(result, self.scaled(up)), result.element)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from planner.catalog.outputs import OUTPUTS, takes_adapter
-from planner.estimate.recipes import RECIPES
+from planner.estimate.recipes import recipe_of
 from planner.model import Model, WeightTensor
 from planner.report import Parameters
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, Setup
@@ -67,7 +67,7 @@ def trained_tensors(setup: Setup) -> tuple[TrainedTensor, ...]:
     A method known by its size alone (PeftOfSize) is one tensor of that size; one that only peft knows
     (PeftConfig) has no tensors here.
     """
-    recipe = RECIPES[setup.training.precision]
+    recipe = recipe_of(setup)
     method = setup.method
     if isinstance(method, PeftOfSize):
         shape = (method.trainable_params,)

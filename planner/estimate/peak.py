@@ -12,7 +12,7 @@ from planner.estimate.stack import Stack, has_formulas, stack
 from planner.estimate.workspace import workspace_bytes
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, Parts, Phase
-from planner.spec import PeftConfig, QLoRA, Setup
+from planner.spec import PeftConfig, Setup
 from planner.version import __version__
 
 __all__ = ["estimate"]
@@ -113,7 +113,7 @@ def _moments(
     optimizer = _Candidate(
         phase="optimizer_step",
         gradients=gradients,
-        activations=layers.inputs_bytes + 2 * layers.leaf_bytes if layers else 0,
+        activations=layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
         temporaries=kept.step_temporaries_bytes if layers else 0,
         workspace=workspace,
@@ -140,7 +140,8 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = _Candidate(phase="forward")
     for stretch in layers.stretches:
-        waiting += (stretch.kept_bytes + stretch.copied_bytes) * (stretch.count - 1)
+        left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
+        waiting += left_bytes * (stretch.count - 1)
         activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
         moment = _Candidate(
             phase="forward",
@@ -150,7 +151,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
             workspace=workspace,
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
-        waiting += stretch.kept_bytes + stretch.copied_bytes
+        waiting += left_bytes
     moment = _Candidate(
         phase="forward",
         gradients=gradients,
@@ -165,7 +166,8 @@ def _waiting(layers: Stack, checkpointed: bool) -> int:
     """What the forward pass leaves for the backward pass, head and loss apart."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
     masks = layers.masks_bytes if checkpointed else 0
-    return layers.inputs_bytes + layers.tables_bytes + kept + masks + _leaf_bytes(layers)
+    outside = layers.inputs_bytes + layers.tables_bytes + masks + _leaf_bytes(layers)
+    return outside + kept + layers.pinned_bytes
 
 
 def _leaf_bytes(layers: Stack) -> int:
@@ -227,7 +229,7 @@ def _phases(
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes
         waiting += _waiting(layers, setup.training.activation_checkpointing)
-        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
+        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),
@@ -270,8 +272,6 @@ def _not_known_notes(setup: Setup) -> tuple[str, ...]:
         return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
     if isinstance(setup.method, PeftConfig):
         return ("What this peft method trains has no formula; run simulate for the whole peak.",)
-    if isinstance(setup.method, QLoRA):
-        return ("Activations over quantized weights have no formula; run simulate for the whole peak.",)
     if not has_formulas(setup):
         return (f"Activations of {setup.model.id} have no formula yet; run simulate for the whole peak.",)
     return ()

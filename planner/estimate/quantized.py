@@ -6,10 +6,12 @@ transformers 5.23, quantizers/base.py (get_keys_to_not_convert); peft 0.21, prep
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.methods import QLoRA, Quantization
 from planner.model import Model, WeightTensor
 
-__all__ = ["is_quantized", "tensor_sizes"]
+__all__ = ["is_quantized", "quantized_tensors", "tensor_sizes"]
 
 _BLOCK = 64  # numbers that share a scale
 _SCALES_BLOCK = 256  # scales that share a scale, under nf4-double
@@ -21,11 +23,34 @@ _KEPT = {"t5": "wo", "mt5": "wo", "umt5": "wo", "longt5": "wo"}  # their _keep_i
 
 def tensor_sizes(model: Model, method: QLoRA) -> list[tuple[list[int], tuple[int, ...]]]:
     """For each weight of the model the bytes of the tensors it is kept in, and its layers; tied ones once."""
-    return [(_sizes(model, t, method.quantization), t.layers) for t in model.tensors if not t.tied_to]
+    quantized = {t.name: t.layers for t in quantized_tensors(model)}
+    answer: list[tuple[list[int], tuple[int, ...]]] = []
+    for t in model.tensors:
+        if t.tied_to:
+            continue
+        layers = quantized.get(t.name)
+        if layers is not None:
+            answer.append((_sizes(t, method.quantization), layers))
+        if layers is None or layers != t.layers:
+            rest = tuple([layer for layer in t.layers if layer not in (layers or ())])
+            answer.append(([t.numel * _FP32_BYTES], rest))
+    return answer
+
+
+def quantized_tensors(model: Model) -> list[WeightTensor]:
+    """The weights that bitsandbytes holds, each with the layers in which it does.
+
+    transformers keeps the model's last parameter as it is, meaning the output's; in OLMo, whose head is
+    tied and whose norms have no weights, that is a linear layer (get_keys_to_not_convert).
+    """
+    found = [t for t in model.tensors if is_quantized(model, t)]
+    if found and found[-1] is [t for t in model.tensors if not t.tied_to][-1]:
+        found[-1] = replace(found[-1], layers=found[-1].layers[:-1])
+    return found
 
 
 def is_quantized(model: Model, tensor: WeightTensor) -> bool:
-    """Whether transformers gives this weight to bitsandbytes: every linear layer's but the output's."""
+    """Whether bitsandbytes holds this weight, in most layers: every linear layer's but the output's."""
     if tensor.kind not in ("linear", "conv1d") or tensor.leaf != "weight" or tensor.tied_to:
         return False
     if tensor.module.rpartition(".")[2] == _KEPT.get(str(model.config.get("model_type"))):
@@ -34,10 +59,8 @@ def is_quantized(model: Model, tensor: WeightTensor) -> bool:
     return tensor not in head
 
 
-def _sizes(model: Model, tensor: WeightTensor, quantization: Quantization) -> list[int]:
+def _sizes(tensor: WeightTensor, quantization: Quantization) -> list[int]:
     numbers = tensor.numel
-    if not is_quantized(model, tensor):
-        return [numbers * _FP32_BYTES]
     if quantization == "int8":
         return [numbers, tensor.out_features * _FP32_BYTES]
     packed, blocks = (numbers + 1) // 2, -(-numbers // _BLOCK)

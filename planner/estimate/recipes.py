@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
-from planner.spec import Precision
+from planner.methods import Quantization
+from planner.spec import Precision, QLoRA, Setup
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "Recipe", "recipe_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,7 @@ class Recipe:
     `base` is a weight of the model, `adapter` a weight that a PEFT method adds, `compute` the type that
     matrix products run in. A gradient has its weight's type. `state` is one AdamW state; None: the
     weight's own type, as torch.optim.AdamW makes it (torch/optim/adam.py, `_init_group`: zeros_like).
+    `quantization`: how linear layers are held, and `base` is what the rest is.
     """
 
     base: int
@@ -23,6 +26,7 @@ class Recipe:
     compute: int
     state: int | None = None
     autocast: bool = False
+    quantization: Quantization | None = None
 
 
 # peft keeps adapters in fp32 over a 16-bit base: peft/tuners/tuners_utils.py, cast_adapter_dtype.
@@ -36,3 +40,16 @@ RECIPES: dict[Precision, Recipe] = {
     "fp16-mixed": Recipe(base=4, adapter=4, compute=2, autocast=True),
     "textbook": Recipe(base=2, adapter=2, compute=2, state=4),
 }
+
+# peft, prepare_model_for_kbit_training: all that is not quantized is fp32.
+_QUANTIZED = {
+    (precision, quantization): replace(recipe, base=4, adapter=4, quantization=quantization)
+    for precision, recipe in RECIPES.items()
+    for quantization in get_args(Quantization)
+}
+
+
+def recipe_of(setup: Setup) -> Recipe:
+    """The recipe of a setup's precision, over quantized layers where its method quantizes."""
+    precision, method = setup.training.precision, setup.method
+    return _QUANTIZED[precision, method.quantization] if isinstance(method, QLoRA) else RECIPES[precision]

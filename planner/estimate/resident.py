@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from planner.estimate.optimizers import bare_state_bytes, optimizer_memory
 from planner.estimate.parameters import TrainedTensor, parameters, trained_tensors
 from planner.estimate.quantized import tensor_sizes
-from planner.estimate.recipes import RECIPES
+from planner.estimate.recipes import recipe_of
 from planner.estimate.rounding import block_bytes, packed_bytes
 from planner.report import Parameters
 from planner.spec import PeftOfSize, QLoRA, Setup
@@ -49,7 +49,7 @@ def resident(setup: Setup) -> Resident:
 
 
 def _resident(setup: Setup) -> Resident:
-    recipe = RECIPES[setup.training.precision]
+    recipe = recipe_of(setup)
     trained = trained_tensors(setup)
     if isinstance(setup.method, QLoRA):
         kept = tensor_sizes(setup.model, setup.method)
@@ -85,7 +85,7 @@ def _in_order(tensors: Sequence[tuple[int, tuple[int, ...]]]) -> list[int]:
 
 
 def _bare(setup: Setup) -> Resident:
-    recipe = RECIPES[setup.training.precision]
+    recipe = recipe_of(setup)
     counts = parameters(setup)
     base = setup.model.parameters
     added_element = recipe.adapter if isinstance(setup.method, PeftOfSize) else 0

@@ -8,12 +8,12 @@ from planner.estimate.blocks import embedded, layer
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.loss import LossMemory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
-from planner.estimate.recipes import RECIPES
+from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import block_bytes, packed_bytes
 from planner.estimate.tape import Moment, Tensor
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture
-from planner.spec import PeftConfig, PeftOfSize, QLoRA, Setup, Training
+from planner.spec import PeftConfig, PeftOfSize, Setup, Training
 from planner.units import MIB
 
 __all__ = ["Stack", "Stretch", "has_formulas", "stack"]
@@ -26,7 +26,7 @@ class Stretch:
     `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
     moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
     gradients it leaves. `copied_bytes` are copies of weights that autocast holds through the forward pass
-    though a checkpoint drops them.
+    though a checkpoint drops them. `pinned_bytes` stay to the end of the step.
     """
 
     count: int
@@ -36,6 +36,7 @@ class Stretch:
     backward: Moment | None
     weight_bytes: int
     copied_bytes: int = 0
+    pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +58,18 @@ class Stack:
     leaf_bytes: int
     leaf_is_input: bool
 
+    @property
+    def pinned_bytes(self) -> int:
+        """What nodes of the graph hold to the end of the step."""
+        return sum([stretch.pinned_bytes * stretch.count for stretch in self.stretches])
+
 
 def has_formulas(setup: Setup) -> bool:
     """Whether the activations of the setup have formulas; others need `simulate`."""
     shape = setup.model.architecture
     return (
         shape is not None
-        and not isinstance(setup.method, PeftConfig | PeftOfSize | QLoRA)
+        and not isinstance(setup.method, PeftConfig | PeftOfSize)
         and shape.family in TRAITS
     )
 
@@ -102,8 +108,8 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         stretches=tuple(stretches),
         loss=loss,
         inputs_bytes=2 * block_bytes(8 * training.micro_batch_size * training.seq_len),
-        tables_bytes=_tables_bytes(shape, training.seq_len, RECIPES[training.precision].base),
-        masks_bytes=_masks_bytes(shape, training, RECIPES[training.precision].base),
+        tables_bytes=_tables_bytes(shape, training.seq_len, recipe_of(setup).base),
+        masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
@@ -113,7 +119,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
 def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
     tokens = training.micro_batch_size * training.seq_len
-    return Operations(tokens, training.seq_len, RECIPES[training.precision], TRAITS[shape.family])
+    return Operations(tokens, training.seq_len, recipe_of(setup), TRAITS[shape.family])
 
 
 def _input(x: Tensor) -> Tensor:
@@ -177,7 +183,9 @@ def _stretch(
     """
     keepers = ops.keepers()
     keepers.pop(out.owner, None)  # the next stretch counts its input
-    forward_peak = ops.forward_peak_bytes({} if checkpointed else keepers)
+    pinned = ops.pinned()
+    held = {**keepers, **dict.fromkeys(pinned, 1)} if pinned else keepers
+    forward_peak = ops.forward_peak_bytes(dict.fromkeys(pinned, 1) if checkpointed else held)
     if not out.needs_grad:
         return Stretch(
             count=1,
@@ -187,11 +195,16 @@ def _stretch(
             backward=None,
             weight_bytes=0,
         )
-    input_bytes = start.size_bytes if start is not None and (checkpointed or start in keepers) else 0
+    if not checkpointed:
+        for owner in pinned:
+            keepers.pop(owner, None)
+    input_bytes = 0
+    if start is not None and (checkpointed or start in keepers) and start not in pinned:
+        input_bytes = start.size_bytes
     kept = input_bytes + (out.size_bytes if keeps_output else 0)
     moment, asking = ops.backward_moment(keepers, start, out, accumulates=accumulates)
     if checkpointed:
-        again = ops.forward_peak_bytes(keepers, recomputed=True)
+        again = ops.forward_peak_bytes(held, recomputed=True)
         if again + asking > moment.total_bytes:
             moment = Moment(again, asking, 0)
     else:
@@ -204,6 +217,7 @@ def _stretch(
         backward=moment,
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
         copied_bytes=ops.copied_bytes if checkpointed else 0,
+        pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
     )
 
 

@@ -37,6 +37,7 @@ class Node:
         "inputs",
         "kept",
         "outputs",
+        "pinned",
         "reads_weight",
         "scratch_bytes",
         "weight_bytes",
@@ -53,6 +54,7 @@ class Node:
         weight_bytes: int = 0,
         work_bytes: int = 0,
         reads_weight: bool = False,
+        pinned: tuple[Tensor, ...] = (),
     ) -> None:
         """`aliases`: the inputs' gradients are the output's own; all others as in `Tape.op`."""
         self.inputs = inputs
@@ -63,6 +65,7 @@ class Node:
         self.weight_bytes = weight_bytes
         self.work_bytes = work_bytes
         self.reads_weight = reads_weight
+        self.pinned = pinned
 
 
 class Moment:
@@ -112,6 +115,7 @@ class Tape:
         keeps_output: bool = False,
         trained: bool = False,
         reads_weight: bool = False,
+        pinned: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """A new tensor of `numel` elements.
 
@@ -119,7 +123,8 @@ class Tape:
         of the weights trained here. In the backward pass `scratch_bytes` live beside the gradients of
         output, inputs and weights; `work_bytes` live beside the output in the forward pass. `trained`: a
         weight is trained here though its gradient is counted elsewhere. `reads_weight`: the backward pass
-        needs a weight, which a checkpoint hands out only after its recomputation.
+        needs a weight, which a checkpoint hands out only after its recomputation. `pinned`: tensors that the
+        node itself refers to, past its backward pass and in spite of a checkpoint.
         """
         needs = trained or weight_bytes > 0
         for tensor in inputs:
@@ -137,6 +142,7 @@ class Tape:
                 weight_bytes,
                 work_bytes,
                 reads_weight and needs,
+                pinned if needs else (),
             )
         )
         return out
@@ -165,6 +171,10 @@ class Tape:
             for owner in {tensor.owner for tensor in node.kept}:
                 keepers[owner] = keepers.get(owner, 0) + 1
         return keepers
+
+    def pinned(self) -> list[Tensor]:
+        """The storages that nodes refer to as long as the graph is there."""
+        return list(dict.fromkeys([tensor.owner for node in self.nodes for tensor in node.pinned]))
 
     def forward_peak_bytes(self, keepers: dict[Tensor, int], *, recomputed: bool = False) -> int:
         """Most bytes alive while the stretch runs forward, those of its inputs not counted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.estimate.forms import ModelForm
+from planner.estimate.recipes import recipe_of
 from planner.spec import Setup
 
 __all__ = ["workspace_bytes"]
@@ -20,16 +21,19 @@ def workspace_bytes(setup: Setup, form: ModelForm | None) -> int:
     """
     capability = setup.gpu.capability if setup.gpu is not None else None
     cublas = 2 * (_CUBLAS_HOPPER_BYTES if capability == (9, 0) else _CUBLAS_BYTES)
-    if form is None or not _adds_biases(form):
+    quantized = recipe_of(setup).quantization == "int8"  # bitsandbytes multiplies itself and adds in place
+    if form is None or not _adds_biases(form, but_quantized=quantized):
         return cublas
     return cublas + _CUBLASLT_BYTES * (2 if setup.training.activation_checkpointing else 1)
 
 
-def _adds_biases(form: ModelForm) -> bool:
+def _adds_biases(form: ModelForm, *, but_quantized: bool) -> bool:
     linears = [form.head, *form.outer_linears]
     for layer, _ in form.runs:
         linears += [*layer.attention_inputs, layer.attention_output, *layer.mlp_inputs]
         linears += [layer.mlp_output] if layer.mlp_output else []
         if layer.bottleneck:
             return True
-    return any(linear.bias or linear.bottleneck for linear in linears)
+    return any(
+        (linear.bias and not (but_quantized and linear.quantized)) or linear.bottleneck for linear in linears
+    )

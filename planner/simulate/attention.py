@@ -171,7 +171,26 @@ def _math(
     scale: float | None,
     grouped: bool,
 ) -> Any:
-    """_scaled_dot_product_attention_math, the composite that saves `[b, heads, s, s]`."""
-    return aten._scaled_dot_product_attention_math(
-        query, key, value, mask, dropout, causal, None, scale=scale, enable_gqa=grouped
-    )[0]
+    """_scaled_dot_product_attention_math (transformers/attention.cpp), which saves `[b, heads, s, s]`.
+
+    Written out: in torch's own the mask is added in place where no dispatch mode looks on, and dropout is
+    fused on CUDA alone. 16-bit inputs are converted to fp32 first.
+    """
+    kind = query.dtype
+    if kind in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    factor = math.sqrt(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    rows, columns = query.shape[-2], key.shape[-2]
+    if causal:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
+    query = query * factor
+    if grouped and query.shape[1] != key.shape[1]:
+        times = query.shape[1] // key.shape[1]
+        key, value = (aten.repeat_interleave.self_int(t, times, 1) for t in (key, value))
+    scores = aten.matmul.default(query, key.transpose(-2, -1) * factor)
+    if (added := _float_mask(mask, query)) is not None:
+        scores.add_(added)
+    scores = torch._safe_softmax(scores, -1)
+    if dropout:
+        scores = torch.native_dropout(scores, dropout, True)[0]
+    return aten.matmul.default(scores, value).to(kind)

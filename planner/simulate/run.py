@@ -18,7 +18,7 @@ from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
 from planner.training.attach import attached
 from planner.training.build import skeleton
 from planner.training.quantize import parameter_count
-from planner.training.recipe import weight_dtype
+from planner.training.recipe import loaded_dtype
 from planner.training.run import Loop, TrainingRun
 from planner.training.runs import run_of
 from planner.version import __version__
@@ -79,7 +79,7 @@ def _parameters(run: TrainingRun) -> Parameters:
     """Counted on the net that ran; on a second one where the device was full before it was ready."""
     net, setup = run.net, run.setup
     if not hasattr(run, "trained"):
-        dtype = weight_dtype(setup.training.precision)
+        dtype = loaded_dtype(setup)
         net = attached(skeleton(setup.model, dtype=dtype), setup.model, setup.method, low_memory=True)
     total = sum(parameter_count(p) for p in net.parameters())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from planner.errors import SetupError
+from planner.spec import QLoRA, Setup
 
-__all__ = ["Autocast", "autocast_dtype", "cuda_autocast", "weight_dtype"]
+__all__ = ["Autocast", "autocast_dtype", "cuda_autocast", "loaded_dtype", "weight_dtype"]
 
 Autocast = Callable[[torch.dtype], AbstractContextManager[Any]]
 
@@ -32,6 +33,14 @@ def weight_dtype(precision: str) -> torch.dtype:
             "simulate or measure bf16, bf16-mixed or fp32 instead."
         )
     return _WEIGHTS[precision]
+
+
+def loaded_dtype(setup: Setup) -> torch.dtype:
+    """The dtype in which the model is loaded: QLoRA loads in what bitsandbytes computes in, mixed or not."""
+    precision = setup.training.precision
+    if isinstance(setup.method, QLoRA) and precision in _AUTOCAST:
+        return _AUTOCAST[precision]
+    return weight_dtype(precision)
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

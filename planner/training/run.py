@@ -16,7 +16,7 @@ from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
 from planner.training.build import loaded, skeleton
 from planner.training.optimizers import optimizer_for, require_library
-from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, weight_dtype
+from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, loaded_dtype
 
 __all__ = ["Loop", "PhaseHook", "TrainingRun"]
 
@@ -71,13 +71,13 @@ class TrainingRun:
         self.own_lora = own_lora
         self.net = skeleton(
             setup.model,
-            dtype=weight_dtype(setup.training.precision),
+            dtype=loaded_dtype(setup),
             eager=setup.training.attention == "eager",
         )
         if isinstance(setup.method, QLoRA):
             from planner.training.quantize import quantizable
 
-            self.net = quantizable(self.net, setup.method, weight_dtype(setup.training.precision))
+            self.net = quantizable(self.net, setup.method, loaded_dtype(setup))
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
@@ -118,7 +118,7 @@ class TrainingRun:
             return
         from planner.training.quantize import load_quantized, prepare
 
-        load_quantized(self.net, self.device, weight_dtype(setup.training.precision))
+        load_quantized(self.net, self.device, loaded_dtype(setup))
         prepare(self.net, activation_checkpointing=setup.training.activation_checkpointing)
 
     def step(self, number: int) -> None:

@@ -6,6 +6,7 @@ Phases of the second step are held to 3 %.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from planner.estimate import estimate
 from planner.report import PARTS, MemoryReport
 from planner.simulate import simulate
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, Setup, Training
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, QLoRA, Setup, Training
 
 from .shapes import shortened
 
@@ -25,6 +26,9 @@ ALL_LINEAR = LoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05
 HOULSBY = Adapter(adapter_kind="houlsby")
 PFEIFFER = Adapter(adapter_kind="pfeiffer", adapter_reduction_factor=16)
 BITFIT = BitFit()
+NF4 = QLoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05)
+NF4_DOUBLE = QLoRA(lora_rank=8, quantization="nf4-double")
+INT8 = QLoRA(lora_rank=8, quantization="int8", target_modules=("all-linear",))
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 QWEN2 = "Qwen/Qwen2.5-0.5B"
@@ -137,13 +141,34 @@ CASES: list[Case] = [
     (MIXTRAL, LORA, {"micro_batch_size": 8, "seq_len": 2048, "activation_checkpointing": True}),
     (QWEN3_MOE, LORA, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 128}),
+    # QLoRA: 4 and 8 bits, alone and under autocast, with what each family and checkpointing do to them
+    *[
+        (model, method, {"micro_batch_size": 2, "seq_len": 512, "precision": precision})
+        for model, precision in ((LLAMA, "bf16"), (GPT2, "bf16-mixed"), (BERT, "fp16-mixed"))
+        for method in (NF4, NF4_DOUBLE, INT8)
+    ],
+    *[
+        (model, NF4, {"micro_batch_size": 2, "seq_len": 512, "precision": "fp16"})
+        for model in (QWEN2, NEOX, OLMO, OLMO2, PHI3, STARCODER2, OPT)
+    ],
+    *[
+        (model, method, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True})
+        for model in (QWEN3, MISTRAL, GRANITE)
+        for method in (NF4, INT8)
+    ],
+    (GEMMA3, NF4, {"micro_batch_size": 1, "seq_len": 1024, "precision": "bf16-mixed"}),
+    (QWEN3, NF4, {"micro_batch_size": 2, "seq_len": 1024, "precision": "bf16-mixed", "attention": "flash"}),
+    (LLAMA, NF4_DOUBLE, {"micro_batch_size": 2, "seq_len": 1024, "attention": "eager"}),
+    (LLAMA, INT8, {"seq_len": 1024, "attention": "efficient", "precision": "fp16-mixed"}),
+    (MIXTRAL, NF4_DOUBLE, {"micro_batch_size": 2, "seq_len": 512, "optimizer": "sgd"}),
 ]
 
 
 def _label(case: Case) -> str:
     model, method, training = case
     values = [str(value) for value in training.values()]
-    return " ".join([model.rpartition("/")[2], method.name, *values])
+    name = getattr(method, "quantization", method.name)
+    return " ".join([model.rpartition("/")[2], name, *values])
 
 
 def _apart(given: float, wanted: float) -> str:
@@ -155,6 +180,8 @@ def test_estimate_is_within_two_percent_of_the_simulation(
     case: Case, record_property: Callable[[str, object], None]
 ) -> None:
     model, method, training = case
+    if isinstance(method, QLoRA) and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed; tests/requirements.txt brings it")
     chosen = {name: value for name, value in training.items() if name != "gpu"}
     setup = Setup(
         model=shortened(model), method=method, training=Training(**chosen), gpu=training.get("gpu")

@@ -133,6 +133,24 @@ def test_a_kernel_that_cannot_be_taken_is_an_error_of_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_math_kernel_masks_in_place_and_drops_with_a_mask_of_bytes(dropout: float) -> None:
+    """attention.cpp, _scaled_dot_product_attention_math: scores and their softmax, `add_`, native_dropout."""
+    query = meta(2, 8, 128, 64, dtype=SINGLE)
+    key = meta(2, 2, 128, 64, dtype=SINGLE)
+    seen = watched(
+        lambda: F.scaled_dot_product_attention(
+            query, key, key, is_causal=True, dropout_p=dropout, enable_gqa=True
+        )
+    )
+    scores = 2 * 8 * 128 * 128
+    assert [seen.by("bmm.default")[at] for at in (0, -1)] == [scores * 4, 2 * 8 * 128 * 64 * 4]
+    assert seen.by("_safe_softmax.default") == [scores * 4]
+    assert not [size for size in seen.by("add.Tensor") + seen.by("add_.Tensor") if size]
+    assert seen.by("native_dropout.default") == ([scores * 4, scores] if dropout else [])
+    assert seen.by("clone.default")[:2] == [2 * 8 * 128 * 64 * 4] * 2  # keys and values for all heads
+
+
 def test_flash_keeps_its_row_sums_and_pads_the_head() -> None:
     rows = 2 * 8 * 128
     seen = attended()

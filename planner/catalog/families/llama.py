@@ -37,7 +37,8 @@ def llama(fields: Fields) -> FamilyModel:
 
 def granite(fields: Fields) -> FamilyModel:
     """IBM Granite 3: LLaMA with four scalar multipliers, which are no parameters."""
-    return _llama_like(fields, "GraniteDecoderLayer")
+    shaped = _llama_like(fields, "GraniteDecoderLayer")
+    return replace(shaped, architecture=replace(shaped.architecture, embedding_scale=True))
 
 
 def smollm3(fields: Fields) -> FamilyModel:
