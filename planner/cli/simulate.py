@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from planner.cli.estimate import report_reply
-from planner.cli.flags import add_setup_flags, setup_from
+from planner.cli.flags import add_setup_flags, setup_from, whole
 from planner.cli.reply import Reply
 from planner.errors import PlannerError, SetupError
 
@@ -20,6 +20,7 @@ _OPTIONAL = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 def flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     add_setup_flags(parser)
+    parser.add_argument("--rank", metavar="N", help="which of several GPUs (default: 0, the largest shards)")
     parser.add_argument(
         "--snapshot",
         metavar="FILE",
@@ -31,6 +32,7 @@ def answer(args: argparse.Namespace) -> Reply:
     """The simulation of the setup, with a moving bar on standard error where that is a terminal."""
     setup = setup_from(args)
     target = _target(args.snapshot) if "snapshot" in args else None
+    rank = whole(args.rank) if "rank" in args else None
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
     from planner.cli.progress import progress_bar
 
@@ -40,7 +42,7 @@ def answer(args: argparse.Namespace) -> Reply:
 
         recording = Recording() if target else None
         with progress_bar() as progress:
-            report = simulated_on_gpu(setup, progress=progress, watch=recording)
+            report = simulated_on_gpu(setup, progress=progress, watch=recording, rank=rank)
         if recording and target:
             recording.write(target)
     except ModuleNotFoundError as error:

@@ -26,7 +26,8 @@ def simulated_on_gpu(setup: Setup, **options: Any) -> MemoryReport:
     if gpu is None or verdict(report, gpu).word != "does not fit":
         return report
     limit_bytes = verdict(report, gpu).capacity_bytes - context_bytes(gpu)[0]
-    failure = simulate(setup, limit_bytes=max(limit_bytes, 1)).out_of_memory
+    again = simulate(setup, limit_bytes=max(limit_bytes, 1), rank=options.get("rank"))
+    failure = again.out_of_memory
     if failure is None:
         note = f"On {gpu.name} the step just runs: when the card is full, cached memory is given back."
     else:

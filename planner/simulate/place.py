@@ -9,7 +9,7 @@ from planner.errors import SetupError
 from planner.sharding import Sharding
 from planner.simulate.simulation import Simulation
 
-__all__ = ["simulated_place"]
+__all__ = ["rank_notes", "simulated_place"]
 
 
 def simulated_place(
@@ -31,6 +31,16 @@ def simulated_place(
     tracer = simulation.tracer
     assert isinstance(tracer, ShardedTracer)
     return simulation, sharded_device(sharding, chosen, tracer)
+
+
+def rank_notes(sharding: Sharding, rank: int | None) -> tuple[str, ...]:
+    """What a reader of one rank's report must know; nothing where there is one GPU."""
+    if not sharding.is_distributed:
+        return ()
+    return (
+        f"Rank {rank or 0} of {sharding.num_gpus:,}. Ranks differ by the padding of their shards alone; NCCL's "
+        "buffers lie outside torch's allocator and are not in these numbers.",
+    )
 
 
 def _rank(sharding: Sharding, rank: int | None) -> int:

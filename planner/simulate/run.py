@@ -12,7 +12,7 @@ from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
-from planner.simulate.place import simulated_place
+from planner.simulate.place import rank_notes, simulated_place
 from planner.simulate.simulation import Progress, Simulation
 from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
 from planner.training.attach import attached
@@ -72,7 +72,8 @@ def simulate(
                 run.step(step)
                 simulation.know_states(run.optimizer)
     report = simulation.report(setup.to_dict(), _parameters(run), provenance(setup))
-    return replace(report, notes=(*report.notes, _QUANTIZED_LOAD)) if _quantizes(setup) else report
+    notes = (*report.notes, *rank_notes(setup.sharding, rank))
+    return replace(report, notes=(*notes, _QUANTIZED_LOAD) if _quantizes(setup) else notes)
 
 
 def _parameters(run: TrainingRun) -> Parameters:
