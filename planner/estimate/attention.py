@@ -23,6 +23,8 @@ __all__ = ["AttentionPlan", "attention", "attention_plan"]
 Kernel = Literal["flash", "efficient", "cudnn", "math", "eager"]
 _FLASH_HEAD_LIMIT = 256  # sdp_utils.cpp: check_head_dim_size_flash
 _CUDNN_HEAD_LIMIT = 128  # sdp_utils.cpp: check_cudnn_tensor_shapes
+_CUDNN_HEAD_LIMIT_HOPPER = 256
+_CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))  # sdp_utils.cpp: check_prefer_cudnn_attention
 _DEFAULT_CAPABILITY = (8, 0)
 
 
@@ -70,11 +72,19 @@ def attention_plan(shape: Architecture, form: LayerForm, setup: Setup, element: 
     d = shape.head_dim
     repeated = grouped and masked
     kernel: Kernel = "math" if grouped and not masked else "efficient"
-    if half and not masked and d <= _FLASH_HEAD_LIMIT:
+    if half and not masked and d <= _FLASH_HEAD_LIMIT and not _flash_backward_fails(capability, shape):
         kernel = "flash"
-    if half and capability[0] in (9, 10) and d % 8 == 0 and d <= _CUDNN_HEAD_LIMIT:
+    cudnn_limit = _CUDNN_HEAD_LIMIT_HOPPER if capability == (9, 0) else _CUDNN_HEAD_LIMIT
+    if half and capability in _CUDNN_FIRST and d % 8 == 0 and d <= cudnn_limit:
         kernel = "cudnn"
     return plan(kernel=kernel, masked=masked, repeated=repeated)
+
+
+def _flash_backward_fails(capability: tuple[int, int], shape: Architecture) -> bool:
+    """sdp_utils.cpp: check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120."""
+    small_sm = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
+    d = shape.head_dim
+    return small_sm and (192 < d <= 224 or (d > 224 and shape.attention_dropout > 0))
 
 
 def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
@@ -140,11 +150,16 @@ def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
 
 
 def _cudnn(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s]; its plan's workspace is not known."""
+    """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
+
+    Backward (cudnn-frontend, CompositeSDPABackwardNode): sums [b, a, s] and dQ [b, a, s, d] in fp32, one
+    block; what the engine asks for on top is not published.
+    """
     kept: tuple[Tensor, ...] = (q, k, v, Tensor(plan.b * plan.a * plan.s, 4, False))
     if plan.masked:
         kept = (*kept, Tensor(plan.b * plan.s**2, q.element, False))
-    return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True)
+    scratch = block_bytes(4 * plan.b * plan.a * plan.s * (1 + plan.d))
+    return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
 
 def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:

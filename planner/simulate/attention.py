@@ -20,6 +20,8 @@ __all__ = ["AttentionRules"]
 aten = torch.ops.aten
 
 _FLASH_HEAD_LIMIT = 256  # check_head_dim_size_flash
+_CUDNN_HEAD_LIMIT = 128  # check_cudnn_tensor_shapes
+_CUDNN_HEAD_LIMIT_HOPPER = 256  # the same, with the cuDNN 9.10 and newer that torch 2.11 to 2.13 bring
 _BIAS_MULTIPLE = 16  # attention.cpp: the mask's last dimension is padded to 16 for the efficient kernel
 _DEFAULT_CAPABILITY = (8, 0)  # where no GPU is named: Ampere, the oldest with bf16
 
@@ -45,7 +47,7 @@ class AttentionRules:
     ) -> torch.Tensor:
         """`[b, heads, s, d]` in, `[b, heads, s, d]` out, by the kernel that CUDA would run."""
         out: torch.Tensor
-        kernel = self._kernel(query, key, value, attn_mask, enable_gqa=enable_gqa)
+        kernel = self._kernel(query, key, value, attn_mask, dropout_p, enable_gqa=enable_gqa)
         if kernel == "math":
             out = _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return out
@@ -68,6 +70,7 @@ class AttentionRules:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        dropout_p: float,
         *,
         enable_gqa: bool,
     ) -> str:
@@ -77,12 +80,20 @@ class AttentionRules:
         grouped, broadcast = unequal and enable_gqa, unequal and not enable_gqa
         same_head = query.shape[-1] == key.shape[-1] == value.shape[-1]
         head = query.shape[-1]
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         usable = {
-            "cudnn": half and capability >= (8, 0) and same_head and head % 8 == 0 and head <= 128,
+            "cudnn": half
+            and capability >= (8, 0)
+            and same_head
+            and head % 8 == 0
+            and head <= (_CUDNN_HEAD_LIMIT_HOPPER if capability == (9, 0) else _CUDNN_HEAD_LIMIT)
+            and key.shape[-2] > 1
+            and not (mask is not None and mask.requires_grad),  # check_attn_mask_shape
             "flash": half
             and mask is None
             and same_head
             and head <= _FLASH_HEAD_LIMIT
+            and not (trained and _flash_backward_fails(capability, head, dropout_p))
             and not broadcast
             and capability >= (8, 0)
             and query.dim() == 4,
@@ -108,7 +119,7 @@ class AttentionRules:
 
     def _order(self) -> tuple[str, ...]:
         """check_prefer_cudnn_attention: cuDNN comes first on Hopper and data-centre Blackwell."""
-        if (self.capability or _DEFAULT_CAPABILITY)[0] in (9, 10):
+        if (self.capability or _DEFAULT_CAPABILITY) in ((9, 0), (10, 0), (10, 3)):
             return ("cudnn", "flash", "efficient", "math")
         return ("flash", "efficient", "math", "cudnn")
 
@@ -119,6 +130,12 @@ class AttentionRules:
         tensor_cores = major >= 8 or (major == 7 and half)
         alignment = 4 if major >= 8 else 1
         return max(alignment, 128 // (16 if half else 32)) if tensor_cores else alignment
+
+
+def _flash_backward_fails(capability: tuple[int, int], head: int, dropout_p: float) -> bool:
+    """check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120."""
+    small_sm = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
+    return small_sm and (192 < head <= 224 or (head > 224 and dropout_p > 0.0))
 
 
 def _flash(

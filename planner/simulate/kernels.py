@@ -116,6 +116,16 @@ def flash_backward(args: Sequence[Any], out: Any) -> list[int]:
     return sizes
 
 
+def cudnn_backward(args: Sequence[Any], out: Any) -> list[int]:
+    """cudnn-frontend, CompositeSDPABackwardNode, cuDNN 9: fp32 sums `[b, heads, s]`, dQ `[b, heads, s, d]`.
+
+    MHA.cpp takes both as one block. What the engine itself asks for on top is not published.
+    """
+    batch, heads, rows, head = args[1].shape
+    sums, queries = _numel_bytes((batch, heads, rows), 4), _numel_bytes((batch, heads, rows, head), 4)
+    return [_rounded(sums, 16) + _rounded(queries, 16)]
+
+
 def efficient_backward(args: Sequence[Any], out: Any) -> list[int]:
     """attention_backward.cu and kernel_backward.h: delta `[b, heads, s]` in fp32, dQ's accumulators.
 
@@ -194,6 +204,7 @@ SCRATCH: dict[Any, Callable[[Sequence[Any], Any], list[int]]] = {
     aten._softmax_backward_data.default: softmax_backward,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
+    aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_backward,
     aten.embedding_dense_backward.default: embedding_backward,
     aten.index_put_.default: index_put,
     aten.index_put.default: index_put,

@@ -66,6 +66,7 @@ def attended(
     key_heads: int = 8,
     head: int = 64,
     mask: bool | torch.dtype = False,
+    mask_trained: bool = False,
     gpu: str | None = None,
     pin: SDPBackend | None = None,
     backward: bool = False,
@@ -74,6 +75,8 @@ def attended(
     query = meta(2, heads, 128, head, dtype=dtype, grad=backward)
     key, value = (meta(2, key_heads, 128, head, dtype=dtype, grad=backward) for _ in range(2))
     bias = meta(2, 1, 128, 128, dtype=mask if isinstance(mask, torch.dtype) else torch.bool) if mask else None
+    if bias is not None and mask_trained:
+        bias.requires_grad_()
 
     def run() -> torch.Tensor:
         enabled = key_heads != heads if grouped is None else grouped
@@ -114,7 +117,13 @@ def kernel_of(seen: Watched) -> str:
         ({"gpu": "h100"}, "cudnn"),  # check_prefer_cudnn_attention
         ({"gpu": "b200"}, "cudnn"),
         ({"gpu": "rtx-5090"}, "flash"),
-        ({"gpu": "h100", "head": 256}, "flash"),
+        ({"gpu": "h100", "head": 256}, "cudnn"),  # check_cudnn_tensor_shapes, cuDNN 9.10 and newer
+        ({"gpu": "b200", "head": 256}, "flash"),
+        ({"gpu": "h100", "mask": BRAIN}, "cudnn"),
+        ({"gpu": "h100", "mask": BRAIN, "mask_trained": True}, "efficient"),  # check_attn_mask_shape
+        ({"gpu": "rtx 4090", "head": 224, "backward": True}, "efficient"),  # no flash backward above 192,
+        ({"gpu": "rtx 4090", "head": 192, "backward": True}, "flash"),
+        ({"gpu": "rtx 4090", "head": 256, "backward": True}, "flash"),  # but for 256 without dropout
         ({"gpu": "h100", "dtype": SINGLE}, "efficient"),
         ({"pin": SDPBackend.MATH}, "math"),
         ({"pin": SDPBackend.EFFICIENT_ATTENTION}, "efficient"),
@@ -189,3 +198,11 @@ def test_efficient_backward_scratch_by_hand() -> None:
     large = attended(dtype=HALF, gpu="t4", head=128, backward=True)
     tiles = 2 * 8 * 1 * 1 * (16 + 4 * 128 * 128)
     assert large.by("_scaled_dot_product_efficient_attention_backward.default")[-1] == tiles
+
+
+def test_cudnn_s_backward_takes_sums_and_queries_in_fp32_as_one_block() -> None:
+    """cudnn-frontend, CompositeSDPABackwardNode, non-deterministic with cuDNN 9: softmax_sum and dQ_accum."""
+    seen = attended(gpu="h100", heads=6, key_heads=6, head=80, backward=True)
+    rows = 2 * 6 * 128
+    taken = seen.by("_scaled_dot_product_cudnn_attention_backward.default")
+    assert taken == [rows * 80 * 2] * 3 + [rows * 4 + rows * 80 * 4]
