@@ -71,7 +71,7 @@ class Ledger:
     def record(self, tensor: torch.Tensor, part: str | None = None) -> int:
         """Allocate the tensor's storage unless it is known already; its identity where it is new, else 0."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key: int = storage._cdata
         if key in self._live:
             return 0
         tag = part or self.part

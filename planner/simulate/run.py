@@ -17,6 +17,7 @@ from planner.simulate.simulation import Progress, Simulation
 from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
 from planner.training.attach import attached
 from planner.training.build import skeleton
+from planner.training.peft_config import initialisation_notes
 from planner.training.quantize import parameter_count
 from planner.training.recipe import loaded_dtype
 from planner.training.run import Loop, TrainingRun
@@ -72,7 +73,7 @@ def simulate(
                 run.step(step)
                 simulation.know_states(run.optimizer)
     report = simulation.report(setup.to_dict(), _parameters(run), provenance(setup))
-    notes = (*report.notes, *rank_notes(setup.sharding, rank))
+    notes = (*report.notes, *rank_notes(setup.sharding, rank), *initialisation_notes(setup.method))
     return replace(report, notes=(*notes, _QUANTIZED_LOAD) if _quantizes(setup) else notes)
 
 

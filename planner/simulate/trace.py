@@ -14,6 +14,7 @@ from planner.errors import TraceError
 from planner.simulate.accumulation import IN_PLACE, made_in_place, unshared_count
 from planner.simulate.kernels import PRODUCTS, SCRATCH, Workspaces
 from planner.simulate.ledger import Ledger
+from planner.simulate.sparse_forms import SPARSE, parts_of
 
 __all__ = ["Modules", "Tracer", "head_of"]
 
@@ -136,7 +137,9 @@ class Tracer(TorchDispatchMode):
         self.workspaces = workspaces
         self.modules = modules
         self.phase = ""
-        self.masks_hold = False  # where it is known that a mask leaves nothing out
+        self.masks_hold = False  # where it is known that a mask leaves nothing out,
+        self.chosen: int | None = None  # how many places or distinct values there are,
+        self.count = 1  # what a whole number on the device is
         self._last_any = 0
         unshared_count()
 
@@ -151,6 +154,8 @@ class Tracer(TorchDispatchMode):
         if args and (func in _DATA_OPS or func is aten.index.Tensor) and _needs_values(func, args):
             if self.masks_hold and func is aten.index.Tensor:
                 return self._all_chosen(args)
+            if self.chosen is not None and func in (aten.nonzero.default, aten._unique2.default):
+                return self._found(func, args[0], self.chosen)
             raise TraceError(
                 f"{func} in {self._place() or 'the model'} decides by the values of a tensor, which a "
                 "simulation does not have; measure this model on a GPU instead."
@@ -166,9 +171,12 @@ class Tracer(TorchDispatchMode):
             if func in SCRATCH:
                 ledger.scratch(SCRATCH[func](args, made))
             return made  # on CUDA autograd writes into it; without values nothing is left to do
+        taken: list[int] = []
         try:
             if func is aten._grouped_mm.default:
                 out = _grouped_mm(func, args, kwargs or {})
+            elif func in SPARSE and _has_sparse(args):
+                out, taken = SPARSE[func](args)
             else:
                 out = func(*args, **(kwargs or {}))
         except Exception:
@@ -176,11 +184,15 @@ class Tracer(TorchDispatchMode):
             raise
         if isinstance(out, torch.Tensor):
             if out.device.type == "meta":
-                ledger.record(out)
+                for part in parts_of(out):
+                    if ledger.record(part) == self._last_any:
+                        self._last_any = 0  # a new storage at the place of one that is gone
         elif isinstance(out, tuple | list):
             for tensor in out:
                 if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
                     ledger.record(tensor)
+        if taken:
+            ledger.scratch(taken)
         if func in _ANY_OPS:
             self._last_any = out.untyped_storage()._cdata
         if func in PRODUCTS:
@@ -190,6 +202,19 @@ class Tracer(TorchDispatchMode):
         elif func in SCRATCH:
             ledger.scratch(SCRATCH[func](args, out))
         return out
+
+    def _found(self, func: Any, tensor: torch.Tensor, count: int) -> Any:
+        """Places `[count, dims]` (int64) or distinct values `[count]`, where their number is known."""
+        ledger = self.ledger
+        ledger.part, backward = self._part()
+        ledger.op, ledger.place = func, self._node_or_place(backward)
+        if func is aten.nonzero.default:
+            places = torch.empty(count, tensor.dim(), dtype=torch.int64, device="meta")
+            ledger.record(places)
+            return places
+        values = torch.empty(count, dtype=tensor.dtype, device="meta")
+        ledger.record(values)
+        return values, *(torch.empty(0, dtype=torch.int64, device="meta") for _ in range(2))
 
     def _all_chosen(self, args: Sequence[Any]) -> torch.Tensor:
         """Indexing by masks that are all true: CUDA finds their places first (`nonzero`, int64)."""
@@ -214,11 +239,11 @@ class Tracer(TorchDispatchMode):
         """What a question about values means in a plain training step: `all` holds, `any` does not.
 
         transformers asks whether positions are plain and masks are full, peft and the gradient scaler
-        whether anything is infinite. Counts are 1, other numbers 0.
+        whether anything is infinite. Counts are `count`, other numbers 0.
         """
         if tensor.dtype == torch.bool:
             return bool(tensor.untyped_storage()._cdata != self._last_any)
-        return 0.0 if tensor.is_floating_point() else 1
+        return 0.0 if tensor.is_floating_point() else self.count
 
     def _part(self) -> tuple[str, bool]:
         """The part of new storages, and whether autograd's thread is running."""
@@ -247,6 +272,10 @@ class Tracer(TorchDispatchMode):
 
     def _place(self) -> str:
         return self.modules.stack[-1] if self.modules.stack else ""
+
+
+def _has_sparse(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.layout is torch.sparse_coo for a in args[:2])
 
 
 def _needs_values(func: Any, args: Sequence[Any]) -> bool:

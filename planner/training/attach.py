@@ -12,10 +12,9 @@ from torch import nn
 from planner.errors import SetupError
 from planner.model import Model
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA
+from planner.training.peft_config import PEFT_TASKS, with_peft_config
 
-__all__ = ["attached", "move_trained"]
-
-_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "masked-lm": None}
+__all__ = ["attached", "move_rest"]
 
 
 def attached(
@@ -39,19 +38,23 @@ def attached(
 
         return attach(net, settings(model, method))
     if isinstance(method, PeftConfig):
-        from planner.training.peft_config import with_peft_config
-
-        return with_peft_config(net, model, method, task=_PEFT_TASKS[model.task])
+        return with_peft_config(net, model, method)
     raise SetupError(
         f"method {method.name} with a bare number of trained parameters cannot be run; "
         "choose lora, adapter, bitfit or full."
     )
 
 
-def move_trained(net: nn.Module, device: torch.device) -> None:
-    """Bring trained parameters that peft has made elsewhere (TinyLoRA's vectors) to `device`, in place."""
+def move_rest(net: nn.Module, device: torch.device) -> None:
+    """Bring what peft has made elsewhere to `device`, in place, as the `model.to(device)` of HF Trainer does.
+
+    Trained parameters (TinyLoRA's vectors) and buffers (BOFT's permutations, FRoD's projections).
+    """
     moved: dict[int, nn.Parameter] = {}
     for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device.type:
+                module._buffers[name] = buffer.to(device)
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or parameter.device.type == device.type:
                 continue
@@ -67,7 +70,7 @@ def _with_lora(net: nn.Module, model: Model, method: LoRA, *, low_memory: bool) 
         lora_dropout=method.lora_dropout,
         target_modules=_targets(model, method.target_modules),
         bias=method.lora_bias,
-        task_type=_PEFT_TASKS[model.task],
+        task_type=PEFT_TASKS[model.task],
     )
     try:
         with warnings.catch_warnings():  # of Conv1D's fan_in_fan_out (peft sets it), of tied embeddings

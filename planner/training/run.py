@@ -12,10 +12,11 @@ from torch import nn
 
 from planner.errors import SetupError
 from planner.spec import QLoRA, Setup
-from planner.training.attach import attached, move_trained
+from planner.training.attach import attached, move_rest
 from planner.training.attention import attention_kernels
 from planner.training.build import loaded, skeleton
 from planner.training.optimizers import optimizer_for, require_library
+from planner.training.peft_config import method_batch, refuse_unknown
 from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, loaded_dtype
 
 __all__ = ["Loop", "PhaseHook", "TrainingRun"]
@@ -62,6 +63,7 @@ class TrainingRun:
                 "leave --sharding and --num-gpus out."
             )
         require_library(setup.training.optimizer)
+        refuse_unknown(setup.method, setup.model)
         self.setup = setup
         self.device = device
         self.phases = phases
@@ -100,7 +102,7 @@ class TrainingRun:
                 self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora
             )
             self.net.train()
-            move_trained(self.net, self.device)
+            move_rest(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
             self.optimizer = optimizer_for(training.optimizer, self.net)
             if training.precision == "fp16-mixed":
@@ -187,6 +189,9 @@ class TrainingRun:
         """Random token ids `[b, s]` (int64) and labels, without an attention mask: no padding."""
         training = self.setup.training
         shape = (training.micro_batch_size, training.seq_len)
-        ids = torch.randint(0, self._vocabulary, shape).to(self.device)
+        ids = torch.randint(0, self._vocabulary, shape)
+        more = method_batch(self.setup.method, ids)
+        ids = ids.to(self.device)
         labels = ids.clone() if self.loop.separate_labels else ids
-        return {"input_ids": ids, "labels": labels}
+        batch = {"input_ids": ids, "labels": labels}
+        return batch | {name: tensor.to(self.device) for name, tensor in more.items()}
