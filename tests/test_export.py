@@ -12,7 +12,7 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,9 +22,11 @@ from planner.catalog.resolve import resolve
 from planner.cli.export import write
 from planner.errors import PlannerError, SetupError
 from planner.estimate.parameters import parameters
-from planner.export import REQUIREMENTS, exported
+from planner.export import BITSANDBYTES, REQUIREMENTS, exported
 from planner.export.methods import PIECES
+from planner.optimizers import EIGHT_BIT, Optimizer
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, Setup, Training
+from planner.training.recipe import no_autocast
 from planner.training.run import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +158,54 @@ def test_the_step_is_clipped_and_accumulated_as_planned(run, monkeypatch) -> Non
     assert len(backwards) == 6
     first = float(re.search(r"step 1: loss (\S+)", printed)[1])
     assert first == pytest.approx(sum(backwards[:3]), abs=1e-3)
+
+
+@pytest.mark.parametrize("zero_grad", ["none", "zero"])
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_the_script_has_the_planned_optimizer(run, monkeypatch, optimizer: Any, zero_grad: Any) -> None:
+    """The same class, settings and states as in the planner's own step, two steps on the CPU."""
+    if optimizer in EIGHT_BIT:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        from bitsandbytes.optim import GlobalOptimManager
+
+        monkeypatch.setattr(GlobalOptimManager, "_instance", None)  # one for the process that never forgets
+    wide = resolve("wide", config_text=json.dumps(SMALL["qwen2"] | {"hidden_size": 64, "vocab_size": 128}))
+    training = Training(seq_len=8, optimizer=optimizer, precision="fp32", zero_grad=zero_grad)
+    setup = Setup(model=wide, training=training)
+    made: list[Any] = []
+    zeroed: list[bool] = []
+    zero, start = torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.__init__
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "__init__", lambda self, *a, **k: made.append(self) or start(self, *a, **k)
+    )
+    monkeypatch.setattr(
+        torch.optim.Optimizer,
+        "zero_grad",
+        lambda self, set_to_none=True: zeroed.append(set_to_none) or zero(self, set_to_none),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of paged states on the CPU
+        own = TrainingRun(setup, torch.device("cpu"), _no_phases, autocast=no_autocast)
+        own.prepare()
+        own.step(1)
+        own.step(2)
+    run(setup, "--steps", "2")
+    mine, theirs = made[0], made[1]
+    assert type(mine) is type(theirs)
+    assert mine.defaults.items() <= theirs.defaults.items()  # accelerate adds torch's own
+    assert _states(mine) == _states(theirs)
+    eight_bits = any(torch.uint8 in kind for state in _states(mine) for kind in state.values())
+    assert eight_bits == (optimizer in EIGHT_BIT)  # tensors of 4,096 numbers and more
+    assert zeroed == [zero_grad == "none"] * 4
+
+
+def _states(optimizer: Any) -> list[Any]:
+    """Shape and type of every state, parameter by parameter."""
+    return [
+        {name: (v.shape, v.dtype) for name, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
 
 
 @pytest.mark.parametrize("model", ["gpt2", "bert", "t5"])
@@ -331,3 +381,7 @@ def test_the_requirements_are_the_tested_ranges() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert list(REQUIREMENTS) == extras["simulate"]
     assert exported(planned())["requirements.txt"].splitlines() == extras["simulate"]
+    assert extras["qlora"] == [BITSANDBYTES]
+    eight_bits = exported(planned(optimizer="lion-8bit"))
+    assert eight_bits["requirements.txt"].splitlines() == [*extras["simulate"], BITSANDBYTES]
+    assert "bitsandbytes" not in exported(planned())["train.py"]

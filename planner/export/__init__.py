@@ -10,12 +10,13 @@ from typing import Any
 
 from planner.errors import SetupError
 from planner.export.methods import PIECES, piece_name
-from planner.export.script import OPTIMIZERS, script
+from planner.export.script import script
 from planner.export.settings import settings
+from planner.optimizers import EIGHT_BIT
 from planner.spec import PeftOfSize, Setup
 from planner.units import count, gib
 
-__all__ = ["REQUIREMENTS", "exported", "why_not"]
+__all__ = ["BITSANDBYTES", "REQUIREMENTS", "exported", "why_not"]
 
 REQUIREMENTS = (
     "accelerate>=1.15,<2",
@@ -25,6 +26,8 @@ REQUIREMENTS = (
     "transformers>=5.17,<5.24",
 )
 """The versions that train.py is tested with: those of `simulate` in pyproject.toml."""
+BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
+"""What 8-bit optimizers need beside them: that of `qlora` in pyproject.toml."""
 
 
 def exported(setup: Setup) -> dict[str, str]:
@@ -38,10 +41,11 @@ def exported(setup: Setup) -> dict[str, str]:
     if reason:
         raise SetupError(reason)
     values = settings(setup)
+    own = (BITSANDBYTES,) if setup.training.optimizer in EIGHT_BIT else ()
     return {
         "README.txt": _readme(setup, values),
         "model/config.json": _json({k: v for k, v in setup.model.config.items() if k != "auto_map"}),
-        "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
+        "requirements.txt": "\n".join((*REQUIREMENTS, *own)) + "\n",
         "settings.json": _json(values),
         "train.py": script(setup),
     }
@@ -56,11 +60,8 @@ def why_not(setup: Setup) -> str | None:
         )
     if setup.training.precision == "textbook":
         return "precision textbook is a sum worked by hand, no library runs it; export bf16 or bf16-mixed."
-    if piece_name(setup.method) not in PIECES or setup.training.optimizer not in OPTIMIZERS:
-        return (
-            f"export has no script for method {setup.method.name} with optimizer {setup.training.optimizer}; "
-            f"choose from {', '.join(PIECES)} and {', '.join(OPTIMIZERS)}."
-        )
+    if piece_name(setup.method) not in PIECES:
+        return f"export has no script for method {setup.method.name}; choose from {', '.join(PIECES)}."
     return None
 
 

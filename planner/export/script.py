@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from planner.export.methods import PIECES, piece_name
 from planner.model import Task
+from planner.optimizers import EIGHT_BIT
 from planner.spec import Setup
 
-__all__ = ["OPTIMIZERS", "script"]
-
-OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
-"""The optimizers that `optimizer_for` in train.py knows."""
+__all__ = ["script"]
 
 _AUTO_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -32,7 +30,7 @@ import contextlib
 import json
 {standard}from pathlib import Path
 
-{peft}import torch
+{bitsandbytes}{peft}import torch
 import transformers
 from accelerate import Accelerator
 {safetensors}{nn}from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,7 +69,7 @@ def main():
     planned = settings["planned"]
     print(f"trained parameters: {{sum(p.numel() for p in trained):,}}", end="")
     print(f", planned {{planned['trainable_parameters']:,}}" if planned["trainable_parameters"] else "")
-    optimizer = optimizer_for(settings, trained)
+    optimizer = optimizer_for(settings, model, trained)
     model, optimizer = accelerator.prepare(model, optimizer)
     data = batches(settings, vocabulary, given.data, name)
     for step in range(1, given.steps + 1):
@@ -117,12 +115,16 @@ def folder_of(name):
 
 _STEP = '''
 
-def optimizer_for(settings, trained):
+def optimizer_for(settings, model, trained):
     """The planned optimizer over the trained parameters."""
-    if settings["optimizer"] == "sgd":
-        return torch.optim.SGD(trained, lr=settings["learning_rate"])
-    fused = True if settings["optimizer"] == "adamw-fused" else None
-    return torch.optim.AdamW(trained, lr=settings["learning_rate"], fused=fused)
+    name, rate = settings["optimizer"], settings["learning_rate"]
+{eight_bits}    if name == "adafactor":
+        return transformers.Adafactor(trained, lr=rate, scale_parameter=False, relative_step=False)
+    if name in ("sgd", "sgd-momentum"):
+        return torch.optim.SGD(trained, lr=rate, momentum=0.9 if name == "sgd-momentum" else 0.0)
+    foreach = False if name == "adamw-single" else None
+    fused = {"adamw-fused": True, "adamw-single": False}.get(name)
+    return torch.optim.AdamW(trained, lr=rate, foreach=foreach, fused=fused)
 
 
 def one_step(accelerator, model, optimizer, trained, data, settings):
@@ -139,7 +141,7 @@ def one_step(accelerator, model, optimizer, trained, data, settings):
     if settings["clip_grad_norm"] is not None:
         accelerator.clip_grad_norm_(trained, settings["clip_grad_norm"])
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=settings["zero_grad"] == "none")
     return total
 
 
@@ -179,6 +181,20 @@ def batches(settings, vocabulary, data, name):
                 yield example(samples[chosen], tokenizer)
 '''
 
+_EIGHT_BITS = '''\
+    if name.endswith("-8bit"):
+        overrides = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():  # states of embeddings stay in fp32, as in HF Trainer
+            if isinstance(module, torch.nn.Embedding):
+                overrides.register_module_override(module, "weight", {"optim_bits": 32})
+        kinds = {
+            "adamw-8bit": bitsandbytes.optim.AdamW8bit,
+            "paged-adamw-8bit": bitsandbytes.optim.PagedAdamW8bit,
+            "lion-8bit": bitsandbytes.optim.Lion8bit,
+        }
+        return kinds[name](trained, lr=rate)
+'''
+
 _EXAMPLES: dict[Task, str] = {
     "causal-lm": '''
 
@@ -215,15 +231,17 @@ if __name__ == "__main__":
 
 
 def script(setup: Setup) -> str:
-    """train.py for the method and the task of a setup; its values stand in settings.json."""
-    task = setup.model.task
+    """train.py for method, task and kind of optimizer of a setup; its values stand in settings.json."""
+    task, eight_bits = setup.model.task, setup.training.optimizer in EIGHT_BIT
     piece = PIECES[piece_name(setup.method)]
     head = _HEAD.format(
         auto_class=_AUTO_CLASSES[task],
         standard="".join(f"import {name}\n" for name in piece.standard),
+        bitsandbytes="import bitsandbytes\n" if eight_bits else "",
         peft="import peft\n" if piece.peft else "",
         safetensors="" if piece.whole else "from safetensors.torch import save_file\n",
         nn="from torch import nn\n" if piece.modules else "",
         config=_DECODER_START if task == "seq2seq-lm" else "",
     )
-    return head + piece.attached + _STEP + _EXAMPLES[task] + piece.save + _END
+    step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
+    return head + piece.attached + step + _EXAMPLES[task] + piece.save + _END
