@@ -14,7 +14,7 @@ from typing import Any, Literal
 from planner.catalog.gpus import Gpu
 from planner.errors import PlannerError
 from planner.report import MemoryReport
-from planner.spec import Setup
+from planner.spec import Setup, Training
 
 __all__ = [
     "SCHEMA",
@@ -168,8 +168,13 @@ class Record:
 
 
 def setup_key(setup: Mapping[str, Any]) -> str:
-    """The setup's JSON values without the GPU they were planned for, in one order."""
-    return json.dumps({k: v for k, v in setup.items() if k != "gpu"}, sort_keys=True, separators=(",", ":"))
+    """The setup's JSON values without the GPU they were planned for, in one order.
+
+    What the training has at its default is left out: a setting that a later version adds changes no key.
+    """
+    usual = {item.name: item.default for item in dataclasses.fields(Training)}
+    kept = {k: v for k, v in setup.items() if k != "gpu" and (k not in usual or v != usual[k])}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

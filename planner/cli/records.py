@@ -40,6 +40,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--resimulate", action="store_true", help="with --accuracy: this version's simulation too"
     )
+    what.add_argument(
+        "--predictions", metavar="FILE", help="with --accuracy: what this file predicted before the runs, too"
+    )
     what.add_argument("--validate", action="store_true", help="name every line that is no record")
     what.add_argument("--csv", metavar="FILE", help="write them as a table for a spreadsheet")
     what.add_argument("--merge", metavar="FILE", nargs="+", help="append their records to your own")
@@ -54,8 +57,9 @@ def answer(args: argparse.Namespace) -> Reply:
         raise SetupError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one.")
     if hasattr(args, "into") and "merge" not in chosen:
         raise SetupError("--into belongs to --merge FILE; leave it out.")
-    if hasattr(args, "resimulate") and "accuracy" not in chosen:
-        raise SetupError("--resimulate belongs to --accuracy; leave it out.")
+    for name in ("resimulate", "predictions"):
+        if hasattr(args, name) and "accuracy" not in chosen:
+            raise SetupError(f"--{name} belongs to --accuracy; leave it out.")
     if chosen == ["merge"]:
         return _merged(args)
     if chosen == ["align"]:
@@ -71,7 +75,8 @@ def answer(args: argparse.Namespace) -> Reply:
         write_csv(records, Path(args.csv))
         return _sentence({"csv": args.csv, "records": len(records)}, f"{len(records)} records in {args.csv}.")
     if chosen == ["accuracy"]:
-        return _accuracy(records, shelf, again=hasattr(args, "resimulate"))
+        before = Path(args.predictions) if hasattr(args, "predictions") else None
+        return _accuracy(records, shelf, again=hasattr(args, "resimulate"), before=before)
     return _listed(records, shelf)
 
 
@@ -141,7 +146,7 @@ def _merged(args: argparse.Namespace) -> Reply:
     )
 
 
-def _accuracy(records: Sequence[Record], shelf: Shelf, *, again: bool) -> Reply:
+def _accuracy(records: Sequence[Record], shelf: Shelf, *, again: bool, before: Path | None) -> Reply:
     from planner.accuracy import STORED, error_table, fit_table
     from planner.cli.record_tables import error_table_text, fit_table_text
 
@@ -150,6 +155,13 @@ def _accuracy(records: Sequence[Record], shelf: Shelf, *, again: bool) -> Reply:
     if again:
         simulations = _resimulated(records)
         predictions["simulation_now"] = lambda record: simulations[_run_key(record)].report
+    if before is not None:
+        from planner.measure.foretold import foretold
+
+        first = foretold(before)
+        records = [record for record in records if record.key in first]
+        predictions["estimate_before"] = lambda record: first[record.key].estimate.report
+        predictions["simulation_before"] = lambda record: first[record.key].simulation.report
     table = error_table(records, predictions)
     fits = fit_table(records, predictions)
     full = sum(record.report.out_of_memory is not None for record in records)

@@ -14,10 +14,11 @@ import pytest
 
 from planner import estimate, simulate
 from planner.measure.answer import readings
+from planner.measure.foretold import Foretold, line_of
 from planner.measure.records import append, append_line, read
 from planner.measure.trace import SCHEMA
 from planner.record import Prediction, Record
-from planner.report import OutOfMemory
+from planner.report import OutOfMemory, Parts
 from tests.measure.made_up import DEVICE, SETUP, VERSIONS, made_record, stream
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,8 @@ def test_a_matrix_is_rehearsed_within_its_budget_and_resumed(tmp_path: Path) -> 
         (("measure", *RUN, "--time-limit-s", "nan"), "must be seconds above 0"),
         (("records", "--csv", "a", "--validate"), "exclude each other"),
         (("records", "--resimulate"), "belongs to --accuracy"),
+        (("records", "--predictions", "a"), "belongs to --accuracy"),
+        (("records", "--accuracy", "--predictions", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
         (("records", "--into", "a"), "belongs to --merge"),
         (("records", "--set", "mine"), "--set must be one of"),
     ],
@@ -162,6 +165,35 @@ def test_resimulated_records_stand_beside_the_stored_ones(folder: Path) -> None:
     assert [(row["quantity"], row["runs"]) for row in now] == [
         ("peak_allocated_bytes", 1), ("peak_reserved_bytes", 1),
     ]
+
+
+def test_predictions_written_before_stand_beside_the_stored_ones(folder: Path) -> None:
+    found = answer(folder, "records", "--file", str(folder / "records.jsonl"))["records"]
+    record = next(record for record in found if record["setup"]["seq_len"] == 32)
+    before = Prediction.from_dict(record["simulation"])
+    assert before.report is not None
+    peak = round(record["report"]["peak_allocated_bytes"] * 1.25)
+    higher = dataclasses.replace(before.report, parts=Parts(activations=peak))
+    written = Foretold(
+        setup=record["setup"],
+        gpu="Imaginary GPU",
+        date="2026-01-01T00:00:00+00:00",
+        estimate=Prediction(reason="it was not asked."),
+        simulation=Prediction(report=higher),
+    )
+    path = folder / "before.jsonl"
+    path.write_text(line_of(written) + "\n")
+    words = ("records", "--accuracy", "--predictions", str(path), "--file", str(folder / "records.jsonl"))
+    rows = {
+        row["prediction"]: row
+        for row in answer(folder, *words)["accuracy"]
+        if row["group"] == "all" and row["quantity"] == "peak_allocated_bytes"
+    }
+    assert rows["simulation_before"]["worst_over"] == pytest.approx(0.25)
+    assert [rows[name]["runs"] for name in ("simulation", "simulation_before")] == [1, 1]
+    assert (rows["estimate_before"]["runs"], rows["estimate_before"]["missing"]) == (0, 1)
+    path.write_text("{}\n")
+    assert "line 1 is no prediction" in run(folder, *words, code=2).stderr
 
 
 def test_validation_names_the_line(folder: Path) -> None:

@@ -25,7 +25,7 @@ from planner.measure.records import (
     records_dir,
     shelf,
 )
-from planner.record import Record
+from planner.record import Record, setup_key
 from tests.measure.made_up import made_record
 
 
@@ -37,6 +37,13 @@ def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:
     assert found.records == (record,)
     assert found.records[0].place == f"{path}:1"
     assert path.read_bytes().count(b"\n") == 1
+
+
+def test_a_setting_that_a_later_version_adds_changes_no_key() -> None:
+    setup = dict(made_record().setup)
+    older = {key: value for key, value in setup.items() if key != "clip_grad_norm"}
+    assert setup_key(older) == setup_key({**setup, "gpu": "t4"}) == setup_key(setup)
+    assert setup_key({**setup, "clip_grad_norm": 1.0}) != setup_key(setup)
 
 
 def test_appending_leaves_earlier_lines_alone(tmp_path: Path) -> None:
