@@ -13,6 +13,7 @@ __all__ = ["IDEAS", "LORA", "PRICES", "Idea", "Price"]
 # What a change costs the user, from nothing to another result; the order of the advice.
 Price = Literal["nothing", "time", "numerics", "data", "method"]
 PRICES: tuple[Price, ...] = ("nothing", "time", "numerics", "data", "method")
+_ADAMW = ("adamw", "adamw-fused", "adamw-single")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +32,11 @@ class Idea:
 
 
 def _fused(setup: Setup) -> Mapping[str, Any] | None:
-    return {"optimizer": "adamw-fused"} if setup.training.optimizer == "adamw" else None
+    return {"optimizer": "adamw-fused"} if setup.training.optimizer in ("adamw", "adamw-single") else None
+
+
+def _no_gradients(setup: Setup) -> Mapping[str, Any] | None:
+    return {"zero_grad": "none"} if setup.training.zero_grad == "zero" else None
 
 
 def _fused_attention(setup: Setup) -> Mapping[str, Any] | None:
@@ -82,6 +87,24 @@ def _half_sequence(setup: Setup) -> Mapping[str, Any] | None:
     return {"seq_len": half} if half >= 64 else None
 
 
+def _eight_bits(setup: Setup) -> Mapping[str, Any] | None:
+    return {"optimizer": "adamw-8bit"} if _steps_all_in(setup, _ADAMW) else None
+
+
+def _paged(setup: Setup) -> Mapping[str, Any] | None:
+    return {"optimizer": "paged-adamw-8bit"} if _steps_all_in(setup, (*_ADAMW, "adamw-8bit")) else None
+
+
+def _adafactor(setup: Setup) -> Mapping[str, Any] | None:
+    shaped = not setup.model.is_bare  # its states follow from shapes
+    return {"optimizer": "adafactor"} if shaped and _steps_all_in(setup, _ADAMW) else None
+
+
+def _steps_all_in(setup: Setup, optimizers: tuple[str, ...]) -> bool:
+    """Whether all weights are trained with one of these; the states of a PEFT method are small."""
+    return isinstance(setup.method, FullFineTuning) and setup.training.optimizer in optimizers
+
+
 def _sgd(setup: Setup) -> Mapping[str, Any] | None:
     full = isinstance(setup.method, FullFineTuning)
     return {"optimizer": "sgd"} if full and setup.training.optimizer != "sgd" else None
@@ -118,8 +141,15 @@ IDEAS = (
         price="nothing",
         words="Use the fused AdamW (adamw-fused)",
         short="adamw-fused",
-        cost="nothing: the same update without foreach's temporaries",
+        cost="nothing: the same update without temporaries",
         keys=_fused,
+    ),
+    Idea(
+        price="nothing",
+        words="Give gradients up after each step (zero_grad none)",
+        short="no gradients between steps",
+        cost="nothing: the backward pass makes them anew",
+        keys=_no_gradients,
     ),
     Idea(
         price="nothing",
@@ -165,6 +195,20 @@ IDEAS = (
         keys=_sixteen_bits_frozen,
     ),
     Idea(
+        price="numerics",
+        words="Keep AdamW's states in 8 bits (adamw-8bit)",
+        short="adamw-8bit",
+        cost="precision: states are rounded to 8 bits, those of embeddings stay in fp32; needs bitsandbytes",
+        keys=_eight_bits,
+    ),
+    Idea(
+        price="numerics",
+        words="Keep AdamW's states in 8 bits and paged (paged-adamw-8bit)",
+        short="paged-adamw-8bit",
+        cost="precision; time where the GPU is full: states move to the host, which must have room",
+        keys=_paged,
+    ),
+    Idea(
         price="data",
         words="Halve the sequences to {seq_len} tokens",
         short="sequences of {seq_len}",
@@ -186,6 +230,13 @@ IDEAS = (
         keys=_one_adapter,
     ),
     LORA,
+    Idea(
+        price="method",
+        words="Train with Adafactor instead of AdamW",
+        short="Adafactor",
+        cost="the method: second moments of rows and columns only, no momentum",
+        keys=_adafactor,
+    ),
     Idea(
         price="method",
         words="Train with SGD instead of AdamW",

@@ -96,6 +96,26 @@ def test_what_is_already_done_is_not_advised():
     assert changes(frugal) == ()
 
 
+def test_smaller_states_are_advised_where_all_weights_are_trained():
+    def optimizers(method=None, **training):
+        planned = Setup(model=LLAMA, method=method, training=Training(seq_len=64, **training))
+        advised = {change.keys.get("optimizer") for change in changes(planned)}
+        return advised - {None, "adamw-fused"}
+
+    smaller = {"adamw-8bit", "paged-adamw-8bit", "adafactor", "sgd"}
+    assert optimizers(precision="fp32") == smaller
+    assert optimizers(precision="fp32", optimizer="adamw-8bit") == {"paged-adamw-8bit", "sgd"}
+    assert optimizers(LoRA(), precision="fp32") == set()
+    assert optimizers(precision="textbook") == {"adafactor", "sgd"}  # its states are fp32
+
+
+def test_gradients_that_stay_are_given_up_first():
+    planned = Setup(model=LLAMA, training=Training(zero_grad="zero", optimizer="adamw-8bit", seq_len=1024))
+    first = changes(planned)[0]
+    assert first.keys == {"zero_grad": "none"}
+    assert first.price == "nothing"
+
+
 def test_a_card_without_bf16_is_not_advised_bf16():
     def precisions(method, gpu):
         small = Setup(model=LLAMA, method=method, training=Training(precision="fp32", seq_len=128), gpu=gpu)
