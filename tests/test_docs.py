@@ -17,10 +17,15 @@ from pathlib import Path
 
 import pytest
 
+from planner.units import MIB
+from tests.published import qlora_runs
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 WIDTH = 100  # columns of the outputs in README.md
 PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
+PHASES = re.compile(r"(<!-- published phases -->\n).*?(<!-- end -->)", re.DOTALL)
+SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -218,6 +223,7 @@ def rewritten(text: str) -> str:
     for what, number in catalogue_counts().items():
         text = re.sub(rf"\(\d+ {what}\)", f"({number} {what})", text)
     text = PUBLISHED.sub(lambda found: found[1] + published_table() + found[2], text)
+    text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
 
 
@@ -243,6 +249,34 @@ def published_table() -> str:
 
 def test_the_table_of_published_runs_is_today_s() -> None:
     assert f"<!-- published -->\n{published_table()}<!-- end -->" in README.read_text()
+
+
+def phases_table() -> str:
+    """The published QLoRA runs against their packaged simulation, phase by phase: the worst of each model."""
+    names = ("resident_before_step", "peak_forward", "peak_backward", "peak_optimizer")
+    simulated = json.loads(SIMULATIONS.read_text())["phases"]
+    models: dict[str, list[tuple[float, ...]]] = {}
+    for run in qlora_runs():
+        measured, found = run["measured_mib"], [size / MIB for size in simulated[run["id"]]]
+        step = max(found) - found[0]
+        real_step = measured["peak_allocated"] - measured["resident_before_step"]
+        off = (*(mine - measured[name] for mine, name in zip(found, names, strict=True)), step - real_step)
+        shares = (step / real_step - 1, max(found) / measured["peak_allocated"] - 1)
+        models.setdefault(run["model"].rpartition("/")[2], []).append((*off, *shares))
+    rows = [
+        "| model | runs | resident | forward | backward | optimizer | step | step | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, runs in models.items():
+        worst = [max(column, key=abs) for column in zip(*runs, strict=True)]
+        cells = [f"{value:+.1f} MiB" for value in worst[:5]] + [f"{value:+.2%}" for value in worst[5:]]
+        rows.append(" | ".join([f"| {model}", str(len(runs)), *cells]) + " |")
+    text = "\n".join(rows).replace("%", " %")
+    return re.sub(r"[+-](0\.0+ )", r"\1", text) + "\n"
+
+
+def test_the_table_of_phases_is_today_s() -> None:
+    assert f"<!-- published phases -->\n{phases_table()}<!-- end -->" in README.read_text()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ and in what the step finds free.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ needs_bitsandbytes = pytest.mark.skipif(
     reason="bitsandbytes is not installed; tests/requirements.txt brings it",
 )
 RUNS = qlora_runs()
+_PUBLISHED = Path(__file__).parents[2] / "planner" / "measure" / "published"
+PACKAGED = json.loads((_PUBLISHED / "simulations.json").read_text())  # what README's table shows
 # Their step says `outputs = model(**batch)` with labels = input ids, and looks at steps after the first.
 LOOP = Loop(keep_outputs=True, separate_labels=False)
 
@@ -58,6 +62,10 @@ def test_a_published_run_comes_out(
         run["trainable_params"],
     )
     assert abs(peak / measured["peak_allocated"] - 1) < 0.005
+    if all(report.provenance[name] == version for name, version in PACKAGED["versions"].items()):
+        loaded = phases["attach"].allocated_bytes
+        peaks = [phases[name].peak_allocated_bytes for name in ("forward", "backward", "optimizer_step")]
+        assert PACKAGED["phases"][run["id"]] == [loaded, *peaks]
     assert abs(step - measured_step) < max(0.001 * measured_step, 2.1)  # MiB; the race moves small steps
     assert all(abs(value) < 5 for value in off.values())
     if "SmolLM2-1.7B" in run["model"]:  # every block of its weights fills its segment: nothing to race for
