@@ -1,6 +1,7 @@
 """Make the README's picture of the Plan page, docs/plan.png: `python scripts/screenshot.py`.
 
-Starts the page on a free port and photographs it with the machine's own Chromium; needs playwright.
+Starts the page on a free port and photographs it with the machine's own Chromium; needs playwright. The plot
+of the recorded runs: `--link accuracy --only .js-plotly-plot --out docs/accuracy.png`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ def main() -> None:
     parser.add_argument("--link", default="", help="what follows the address, such as ?method=full")
     parser.add_argument("--size", default="1366x768", help="width x height of the window in CSS pixels")
     parser.add_argument("--scale", type=float, default=1.5, help="pixels of the picture for each CSS pixel")
+    parser.add_argument("--only", default="", help="CSS selector of the one element to photograph")
     parser.add_argument("--mode", choices=("light", "dark"), default="light")
     given = parser.parse_args()
     width, height = (int(number) for number in given.size.split("x"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with page_server() as address:
-        photograph(f"{address}/{given.link}", given.out, (width, height), given.scale, given.mode)
+        photograph(
+            f"{address}/{given.link}", given.out, (width, height), given.scale, given.mode, given.only
+        )
     print(given.out)
 
 
@@ -57,8 +61,10 @@ def page_server() -> Iterator[str]:
         server.wait(timeout=20)
 
 
-def photograph(address: str, out: Path, size: tuple[int, int], scale: float, mode: str) -> None:
-    """Wait until the first figure stands, then write the picture."""
+def photograph(
+    address: str, out: Path, size: tuple[int, int], scale: float, mode: str, only: str = ""
+) -> None:
+    """Wait until the first figure stands, then write the picture, of the first element `only` if given."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -72,7 +78,7 @@ def photograph(address: str, out: Path, size: tuple[int, int], scale: float, mod
         page.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
         page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=60_000)
         page.wait_for_timeout(1500)
-        page.screenshot(path=out)
+        (page.locator(only).first if only else page).screenshot(path=out)
         browser.close()
 
 

@@ -13,11 +13,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
+from planner.accuracy import error_table
+from planner.measure.records import shelf
+from planner.record import Record
 from planner.units import MIB
+from tests.measure.made_up import made_record
 from tests.published import qlora_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +31,7 @@ WIDTH = 100  # columns of the outputs in README.md
 PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
 PHASES = re.compile(r"(<!-- published phases -->\n).*?(<!-- end -->)", re.DOTALL)
 SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
+RECORDED = re.compile(r"(<!-- recorded -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -223,6 +229,7 @@ def rewritten(text: str) -> str:
     for what, number in catalogue_counts().items():
         text = re.sub(rf"\(\d+ {what}\)", f"({number} {what})", text)
     text = PUBLISHED.sub(lambda found: found[1] + published_table() + found[2], text)
+    text = RECORDED.sub(lambda found: found[1] + recorded_text() + found[2], text)
     text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
 
@@ -277,6 +284,70 @@ def phases_table() -> str:
 
 def test_the_table_of_phases_is_today_s() -> None:
     assert f"<!-- published phases -->\n{phases_table()}<!-- end -->" in README.read_text()
+
+
+def recorded_text(records: Sequence[Record] | None = None) -> str:
+    """The packaged records against the predictions kept with them, in the words of README.md."""
+    if records is None:
+        records = [record for record in shelf().records if record.origin == "packaged"]
+    if not records:
+        return (
+            "**Our own measurements.** None yet: no CUDA device has run `planner measure` so far, and no "
+            "record is\npackaged. `planner records --accuracy` prints this table for the records that a "
+            "machine has.\n"
+        )
+    text = "**Our own measurements**, made by `python -m planner measure`:\n"
+    for name in sorted({record.set for record in records}):
+        runs = [record for record in records if record.set == name]
+        text += f"\n{machines(runs)}\n\n{error_rows(runs)}"
+    return text + "\n![predicted against measured memory of every run](docs/accuracy.png)\n"
+
+
+def machines(runs: Sequence[Record]) -> str:
+    """How many runs of which set, on what, with what and when."""
+
+    def each(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    dates = sorted(run.date[:10] for run in runs)
+    packages = ("torch", "transformers", "peft")
+    versions = ", ".join(f"{name} {each(run.versions[name] for run in runs)}" for name in packages)
+    full = sum(run.report.out_of_memory is not None for run in runs)
+    return (
+        f"{len(runs) - full} runs of `{runs[0].set or 'single setups'}` ({full} more out of memory), "
+        f"{each(f'{run.device.name}, driver {run.device.driver}' for run in runs)}; {versions}; "
+        f"{dates[0]} to {dates[-1]}:"
+    )
+
+
+def error_rows(runs: Sequence[Record]) -> str:
+    """Errors by method and family, of peak allocated memory; of all runs in peak reserved memory too."""
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:+.3f} %"
+
+    head = ("runs of", "prediction", "memory", "runs", "median", "worst over", "worst under")
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for row in error_table(runs):
+        allocated = row.quantity == "peak_allocated_bytes"
+        if row.group == "recipe" or not (allocated or row.group == "all"):
+            continue
+        group = row.group if row.group == "all" else f"{row.group} {row.name}"
+        cells = [group, row.prediction, "allocated" if allocated else "reserved", str(row.runs)]
+        cells += [percent(row.median).lstrip("+"), percent(row.worst_over), percent(row.worst_under)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_what_is_said_of_our_own_measurements_is_what_is_packaged() -> None:
+    assert f"<!-- recorded -->\n{recorded_text()}<!-- end -->" in README.read_text()
+
+
+def test_records_would_be_told_with_their_machine_and_their_errors() -> None:
+    text = recorded_text([made_record(set_name="matrix"), made_record(seq_len=32, set_name="matrix")])
+    assert "2 runs of `matrix` (0 more out of memory), Imaginary GPU, driver 0.0; torch 0.0.0+test, " in text
+    assert re.search(r"^\| all \| simulation \| allocated \| 2 \| ", text, re.MULTILINE)
+    assert re.search(r"^\| family gpt_neox \| estimate \| allocated \| 2 \| ", text, re.MULTILINE)
 
 
 if __name__ == "__main__":
