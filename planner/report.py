@@ -115,7 +115,9 @@ class MemoryReport:
     `parts` are alive at the peak of allocated memory and sum to it; `phases` in order; reserved is the
     allocator's segments (None where not known). `not_known` lists parts that could not be determined
     and count as 0; `by_subtraction` those of a measurement that are a remainder. `timeline` is
-    (event number, allocated bytes) pairs. `provenance` says versions, source and time.
+    (event number, allocated bytes) pairs. `provenance` says versions, source and time. Of one rank among
+    several: `host_bytes` are its shards in the host's memory, `nccl_bytes` NCCL's own on the card outside
+    torch, (usual, largest).
     """
 
     source: Source
@@ -132,6 +134,8 @@ class MemoryReport:
     out_of_memory: OutOfMemory | None = None
     timeline: tuple[tuple[int, int], ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    host_bytes: int | None = None
+    nccl_bytes: tuple[int, int] | None = None
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -159,6 +163,10 @@ class MemoryReport:
             answer["peak_site"] = dataclasses.asdict(self.peak_site)
         if self.out_of_memory:
             answer["out_of_memory"] = dataclasses.asdict(self.out_of_memory)
+        if self.host_bytes is not None:
+            answer["host_bytes"] = self.host_bytes
+        if self.nccl_bytes is not None:
+            answer["nccl_bytes"] = list(self.nccl_bytes)
         if self.timeline:
             answer["timeline"] = [list(point) for point in self.timeline]
         return answer
@@ -173,6 +181,7 @@ class MemoryReport:
         try:
             parameters = answer["parameters"]
             site, failure = answer.get("peak_site"), answer.get("out_of_memory")
+            nccl = answer.get("nccl_bytes")
             return cls(
                 source=answer["source"],
                 setup=answer["setup"],
@@ -192,6 +201,8 @@ class MemoryReport:
                 out_of_memory=OutOfMemory(**failure) if failure else None,
                 timeline=tuple((int(at), int(size)) for at, size in answer.get("timeline", ())),
                 provenance=answer.get("provenance", {}),
+                host_bytes=answer.get("host_bytes"),
+                nccl_bytes=None if nccl is None else (int(nccl[0]), int(nccl[1])),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlannerError(f"not a memory report: {error}.") from None

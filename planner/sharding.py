@@ -23,7 +23,7 @@ CpuOffload = Literal["none", "optimizer", "parameters"]
 ReduceDtype = Literal["fp32", "bf16", "fp16"]
 
 _FSDP = ("fsdp", "fsdp-grad-op", "hsdp")
-_TAKES_SHARDS = ("adamw", "adamw-fused", "adamw-single", "sgd")  # torch's own: element by element
+_TAKES_SHARDS = ("adamw", "adamw-fused", "adamw-single", "sgd", "sgd-momentum")  # torch's own, elementwise
 _USUAL_NODE = 8  # GPUs of a DGX, an HGX board and the large cloud instances
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _MOST_GPUS = 100_000
@@ -124,6 +124,11 @@ def check_sharding(sharding: Sharding, method: Method, training: Training) -> No
         raise SetupError(
             f"optimizer {training.optimizer} is not covered on the shards of sharding {kind}: its states are "
             "made for whole tensors; choose adamw or adamw-fused, or sharding ddp."
+        )
+    if training.zero_grad != "none" and kind != "ddp":
+        raise SetupError(
+            f"zero_grad {training.zero_grad} is not covered with sharding {kind}, where every step makes its "
+            "gradients anew; choose zero_grad none, or sharding ddp."
         )
     if sharding.zero_stage and training.precision in ("bf16", "fp16"):
         raise SetupError(

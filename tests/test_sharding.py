@@ -78,6 +78,8 @@ def test_what_no_launcher_could_start_is_refused(keys, words):
         ("fsdp", {"precision": "textbook"}, None, "textbook is a sum for one GPU"),
         ("zero3", {"precision": "bf16"}, None, "choose bf16-mixed, or sharding fsdp"),
         ("fsdp", {}, QLoRA(), "is not covered with method qlora"),
+        ("fsdp", {"optimizer": "adamw-8bit"}, None, "is not covered on the shards"),
+        ("zero2", {"zero_grad": "zero", "precision": "bf16-mixed"}, None, "zero_grad zero is not covered"),
     ],
 )
 def test_what_the_libraries_cannot_run_together_is_refused(kind, training, method, words):

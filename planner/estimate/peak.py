@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.errors import SetupError
 from planner.estimate.forms import model_form
 from planner.estimate.optimizers import states_are_known
+from planner.estimate.rank_report import one_gpu
 from planner.estimate.resident import Resident, resident
+from planner.estimate.sharded import sharded_report
 from planner.estimate.stack import Stack, has_formulas, stack
 from planner.estimate.workspace import workspace_bytes
 from planner.optimizers import paged_note
@@ -41,12 +42,12 @@ def estimate(setup: Setup) -> MemoryReport:
     """The memory of one training step by formulas: parts, phases and peak, in bytes.
 
     Parts that a model does not tell (a bare parameter count, or an architecture without formulas)
-    count as 0 and are named in `not_known`. Left out: the CUDA context and the allocator's unused rest.
+    count as 0 and are named in `not_known`. Of several GPUs, rank 0 is meant. Left out: the CUDA context and
+    the allocator's unused rest.
     """
     if setup.sharding.is_distributed:
-        raise SetupError(
-            f"sharding {setup.sharding.sharding} has no formulas yet; leave --sharding and --num-gpus out."
-        )
+        alone = None if setup.sharding.shard_ranks > 1 else estimate(one_gpu(setup))
+        return sharded_report(setup, alone)
     kept = resident(setup)
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None

@@ -48,8 +48,20 @@ _QUANTIZED = {
     for quantization in get_args(Quantization)
 }
 
+# FSDP2 gathers weights in MixedPrecisionPolicy.param_dtype and casts the units' inputs to it; DeepSpeed makes
+# the module 16-bit (runtime/engine.py, _configure_distributed_model). Neither computes under autocast.
+_GATHERED: dict[Precision, Recipe] = {
+    "bf16-mixed": Recipe(base=2, adapter=2, compute=2),
+    "fp16-mixed": Recipe(base=2, adapter=2, compute=2),
+}
+
 
 def recipe_of(setup: Setup) -> Recipe:
-    """The recipe of a setup's precision, over quantized layers where its method quantizes."""
+    """What the step computes with: the precision's recipe, over quantized layers where the method quantizes.
+
+    Where FSDP or DeepSpeed gathers fp32 shards as 16-bit weights, what is gathered.
+    """
     precision, method = setup.training.precision, setup.method
+    if setup.sharding.shard_ranks > 1 and precision in _GATHERED:
+        return _GATHERED[precision]
     return _QUANTIZED[precision, method.quantization] if isinstance(method, QLoRA) else RECIPES[precision]

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from planner.dashboard.answers import setup_of
-from planner.dashboard.fields import method_fields, parsed, training_fields
+from planner.dashboard.fields import method_fields, parsed, sharding_fields, training_fields
 from planner.dashboard.links import DEFAULTS, command, default_of, link, link_problems, method_options
 from planner.spec import METHODS
 
@@ -19,14 +19,14 @@ OTHER = {
     "seq_len": 640, "micro_batch_size": 3, "precision": "bf16-mixed", "activation_checkpointing": True,
     "clip_grad_norm": 0.5, "lora_rank": 16, "lora_dropout": 0.05, "target_modules": "q_proj,v_proj",
     "adapter_kind": "houlsby", "adapter_size": 32, "trainable_params": 5_000_000, "attention": "eager",
-    "zero_grad": "zero",
+    "zero_grad": "zero", "num_gpus": 4, "sharding": "ddp", "gpus_per_node": 2,
 }  # fmt: skip
 
 
 def flat(method: str) -> dict[str, object]:
     """A setup of this method with unusual values."""
     model = "params:7e9" if method == "peft" else "openai-community/gpt2"
-    fields = [*method_fields(method), *training_fields()]
+    fields = [*method_fields(method), *training_fields(), *sharding_fields()]
     values = {field.name: OTHER.get(field.name, default_of(field)) for field in fields}
     if "target_modules" in values:
         values["target_modules"] = "c_attn,c_proj"
@@ -41,7 +41,8 @@ def test_a_link_brings_every_value_back(method: str) -> None:
     given = parse_qs(urlsplit(link(ADDRESS, asked)).query)
     assert given.pop("v") == ["1"]
     assert link_problems(given) == {}
-    fields = {field.name: field for field in (*method_fields(method), *training_fields())}
+    every = (*method_fields(method), *training_fields(), *sharding_fields())
+    fields = {field.name: field for field in every}
     read = {
         key: parsed(fields[key], texts[-1]) if key in fields else texts[-1] for key, texts in given.items()
     }
