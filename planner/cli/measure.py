@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.cli.flags import add_setup_flags, setup_from
+from planner.cli.measure_ranks import add_rank_flags, alone, ranks_answer
 from planner.cli.reply import Reply
 from planner.errors import SetupError
 from planner.units import gib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from planner.measure.runner import MatrixRun, Outcome
     from planner.record import Record
 
-__all__ = ["HELP", "answer", "flags"]
+__all__ = ["HELP", "answer", "flags", "seconds"]
 
 HELP = "memory of the real training step on a CUDA device, beside both predictions; keeps a record"
 _BUDGET_S = 3600.0
@@ -34,6 +35,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--rehearse", action="store_true", help="run on the CPU; tells times, measures nothing")
     run.add_argument("--trace", metavar="FILE", help="write the allocator's history, for records --align")
     run.add_argument("--python", metavar="PATH", help="interpreter to measure with (default: this one)")
+    add_rank_flags(run)
     run.add_argument("--no-record", action="store_true", help="do not append the run to your records")
     many = parser.add_argument_group("many setups")
     many.add_argument("--matrix", metavar="FILE", help="setups to run, in TOML; needs --out")
@@ -44,7 +46,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def answer(args: argparse.Namespace) -> Reply:
     """One setup measured and recorded, or a matrix of them."""
-    time_limit_s = _seconds(args, "time_limit_s", 600.0)
+    time_limit_s = seconds(args, "time_limit_s", 600.0)
     if hasattr(args, "matrix"):
         return _matrix(args, time_limit_s)
     for name in ("out", "budget_s", "try_all"):
@@ -52,6 +54,9 @@ def answer(args: argparse.Namespace) -> Reply:
             raise SetupError(f"--{name.replace('_', '-')} belongs to --matrix FILE; leave it out.")
     setup = setup_from(args)
     python = getattr(args, "python", None)
+    rank = alone(args, setup)
+    if setup.sharding.is_distributed and rank is None:
+        return ranks_answer(args, setup, time_limit_s=time_limit_s)
     if hasattr(args, "rehearse"):
         from planner.measure.probe import rehearse
 
@@ -61,12 +66,15 @@ def answer(args: argparse.Namespace) -> Reply:
     from planner.measure.single import record_of
 
     trace = getattr(args, "trace", None)
-    record = record_of(setup, time_limit_s=time_limit_s, on_event=_told(), trace=trace, python=python)
+    record = record_of(
+        setup, time_limit_s=time_limit_s, on_event=_told(), trace=trace, python=python, alone=rank
+    )
     kept = None if hasattr(args, "no_record") else append(record)
     return _record_reply(record, kept)
 
 
-def _seconds(args: argparse.Namespace, name: str, default: float) -> float:
+def seconds(args: argparse.Namespace, name: str, default: float) -> float:
+    """A flag's seconds, above 0 and at most a week. Raises SetupError."""
     text = getattr(args, name, None)
     if text is None:
         return default
@@ -174,7 +182,7 @@ def _matrix(args: argparse.Namespace, time_limit_s: float) -> Reply:
     run = run_matrix(
         matrix,
         Path(args.out),
-        budget_s=_seconds(args, "budget_s", _BUDGET_S),
+        budget_s=seconds(args, "budget_s", _BUDGET_S),
         rehearse=hasattr(args, "rehearse"),
         time_limit_s=time_limit_s,
         try_all=hasattr(args, "try_all"),

@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from planner.measure.device import refusal
 from planner.process import answers, jobs
 from planner.version import __version__
 
-__all__ = ["main"]
+__all__ = ["import_libraries", "main", "serve", "started"]
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 _WORKSPACE_SETTINGS = (
@@ -44,21 +45,26 @@ def main() -> int:
             _refuse(emit, DeviceError(reason))
             emit("end")
             return DeviceError.exit_code
-        _import_libraries()
+        import_libraries()
     except ModuleNotFoundError as error:
         wanted = f"{error.name} is not installed; run pip install 'vram-planner[simulate]'."
         _refuse(emit, PlannerError(f"measuring needs torch, transformers, peft and accelerate: {wanted}"))
         return 1
-    emit("started", pid=os.getpid(), seed=0, versions=_versions(torch), environment=_environment())
+    emit("started", **started(torch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for job in jobs():
-            _serve(job, emit, torch)
+            serve(job, emit, torch)
             emit("end")
     return 0
 
 
-def _import_libraries() -> None:
+def started(torch: Any) -> dict[str, Any]:
+    """What a measuring process says of itself first."""
+    return {"pid": os.getpid(), "seed": 0, "versions": _versions(torch), "environment": _environment()}
+
+
+def import_libraries() -> None:
     """Everything a step needs, so that a waiting process starts at once. No CUDA context is made."""
     import accelerate  # noqa: F401
     import peft  # noqa: F401
@@ -69,7 +75,7 @@ def _import_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _serve(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> None:
+def serve(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> None:
     """One job; what goes wrong becomes an event of one line."""
     try:
         if job["job"] == "simulate":
@@ -122,13 +128,13 @@ def _rehearse(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> 
     """The same step on the CPU: kernels that only CUDA has give way to torch's own choice."""
     from planner.measure.reading import durations
     from planner.training.recipe import no_autocast
-    from planner.training.run import TrainingRun
+    from planner.training.runs import run_of
 
     setup = _setup(job)
     if setup.training.attention not in ("sdpa", "eager"):
         setup = setup.replace(attention="sdpa")
     torch.manual_seed(0)
-    run = TrainingRun(setup, torch.device("cpu"), partial(durations, emit), autocast=no_autocast)
+    run = run_of(setup, torch.device("cpu"), partial(durations, emit), autocast=no_autocast)
     run.prepare()
     _emit_parameters(emit, run)
     _take_steps(run, int(job["steps"]), emit)
@@ -156,21 +162,31 @@ def _open(emit: Callable[..., None], torch: Any) -> Any:
 def _measure(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> None:
     from planner.measure.locks import one_measurement
 
-    with one_measurement():
+    with nullcontext() if job.get("local_rank") else one_measurement(), _group(job):
         _measure_alone(job, emit, torch)
+
+
+def _group(job: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """One rank measured alone stands among imagined ones."""
+    if job.get("alone") is None:
+        return nullcontext()
+    from planner.training.group import imagined_group
+
+    return imagined_group(_setup(job).sharding.num_gpus, int(job["alone"]))
 
 
 def _measure_alone(job: Mapping[str, Any], emit: Callable[..., None], torch: Any) -> None:
     """Load, attach and `steps` optimizer steps on cuda:0, read phase by phase."""
     from planner.measure.device import failure, too_small
     from planner.measure.reading import CudaReadings, workspace_bytes
-    from planner.training.run import TrainingRun
+    from planner.training.runs import run_of
 
     setup = _setup(job)
     found = _open(emit, torch)
     readings = CudaReadings(emit, found.used_bytes)
-    run = TrainingRun(setup, torch.device("cuda:0"), readings)
+    run = run_of(setup, torch.device("cuda:0"), readings)
     weight_bytes = sum(p.numel() * p.element_size() for p in run.net.parameters())
+    weight_bytes //= setup.sharding.shard_ranks
     reason = too_small(found.device, weight_bytes, setup.model.id)
     if reason:
         raise DeviceError(reason)

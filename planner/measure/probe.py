@@ -47,9 +47,15 @@ def measure(
 
     Runs in a process group of its own, ended after `time_limit_s` or when `cancelled()` is true. `on_event`
     sees every event; `trace` is a file for the allocator's history; `python` another interpreter. Running out
-    of memory is a result (`out_of_memory`). Raises DeviceError where no CUDA device can be used, PlannerError
-    where the run was ended or failed.
+    of memory is a result (`out_of_memory`). Of several GPUs the report is the largest rank's. Raises
+    DeviceError where no CUDA device can be used, PlannerError where the run was ended or failed.
     """
+    if setup.sharding.is_distributed:
+        from planner.measure.together import largest_report
+
+        return largest_report(
+            setup, time_limit_s=time_limit_s, on_event=on_event, python=python, cancelled=cancelled
+        )
     with Child(python=python) as child:
         found = measured(child, setup, time_limit_s, on_event=on_event, trace=trace, cancelled=cancelled)
     return measured_report(setup, found, date=now(), command=command_line())
@@ -76,10 +82,11 @@ def measured(
     on_event: OnEvent | None = None,
     trace: str | Path | None = None,
     cancelled: Callable[[], bool] | None = None,
+    alone: int | None = None,
 ) -> Readings:
-    """What a fresh child reads on cuda:0."""
+    """What a fresh child reads on cuda:0; `alone`: as this rank of several, of which no other is there."""
     path = str(Path(trace).absolute()) if trace is not None else None
-    child.ask("measure", setup.to_dict(), steps=STEPS, trace=path)
+    child.ask("measure", setup.to_dict(), steps=STEPS, trace=path, alone=alone)
     return readings(_heard(child, time_limit_s, on_event, cancelled))
 
 

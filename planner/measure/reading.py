@@ -41,6 +41,7 @@ class CudaReadings:
         self.tracing = False
         self._run: TrainingRun | None = None
         self._base = self._adapters = self._gradients = self._states = 0
+        self._buckets = 0  # DDP's, which hold gradients a second time
         self._accumulated: dict[int, torch.nn.Parameter] = {}
         self._waiting: tuple[int, ...] = ()
         self._at_peak: tuple[int, ...] = ()
@@ -49,13 +50,24 @@ class CudaReadings:
     def follow(self, run: TrainingRun) -> None:
         """Know the run's parameters, and notice each gradient when it is accumulated."""
         self._run = run
+        if run.shared:
+            self._follow_shared(run)
         for parameter in run.trained:
             parameter.register_post_accumulate_grad_hook(self._accumulated_gradient)
         head = run.net.get_output_embeddings()  # type: ignore[operator]
         weight: torch.nn.Parameter | None = getattr(head, "weight", None)
         tied = getattr(run.net.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-        if weight is tied and weight is not None and weight.requires_grad:
+        if weight is tied and weight is not None and weight.requires_grad and not _is_shard(weight):
             head.register_forward_hook(self._tied_head)
+
+    def _follow_shared(self, run: TrainingRun) -> None:
+        """Under FSDP adapters come with their units' weights, under DDP buckets come with the adapters."""
+        allocated = self._base + self._adapters
+        self._adapters = _bytes_of(self._blocks("attach"), run.added)
+        if any(_is_shard(parameter) for parameter in run.trained):
+            self._base = allocated - self._adapters
+        else:
+            self._buckets = allocated - self._base - self._adapters
 
     @contextmanager
     def __call__(self, name: str, step: int | None) -> Iterator[None]:
@@ -115,18 +127,16 @@ class CudaReadings:
             return {"base_weights": self._base}
         known = {"base_weights": self._base, "adapter_weights": self._adapters}
         if name == "forward":
-            return known | {"gradients": self._gradients, "optimizer_states": self._states}
+            return known | {"gradients": self._gradients + self._buckets, "optimizer_states": self._states}
         if name == "backward":
             blocks = self._blocks(name)
-            sizes = {
-                key: _bytes_of(blocks, (p.grad,) if p.grad is not None else ())
-                for key, p in self._accumulated.items()
-            }
+            gradients = {key: p.grad for key, p in self._accumulated.items() if p.grad is not None}
             self._waiting = ()
-            self._gradients = sum(sizes.values())
-            known["gradients"] = sum(sizes[key] for key in self._at_peak)
+            self._gradients = _bytes_of(blocks, gradients.values())
+            at_peak = [gradients[key] for key in self._at_peak if key in gradients]
+            known["gradients"] = _bytes_of(blocks, at_peak) + self._buckets
             return known | {"optimizer_states": self._states}
-        known["gradients"] = self._gradients
+        known["gradients"] = self._gradients + self._buckets
         states = self._state_bytes(name)
         if states == self._states:  # where they appear, they do so somewhere within the phase
             known["optimizer_states"] = states
@@ -215,6 +225,11 @@ def _stat(name: str, which: str) -> int:
 
 
 def _bytes_of(blocks: dict[int, int], tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the blocks that hold these tensors' storages, each counted once."""
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.is_cuda}
+    """Bytes of the blocks that hold these tensors' storages, or their shards', each counted once."""
+    held = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in held if tensor.is_cuda}
     return sum(blocks.get(address, 0) for address in addresses)
+
+
+def _is_shard(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "_local_tensor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ def record_of(
     trace: str | Path | None = None,
     python: str | None = None,
     cancelled: Callable[[], bool] | None = None,
+    alone: int | None = None,
 ) -> Record:
     """Measure `setup` as `planner.measure.probe.measure` does, and simulate it beside for the same device.
 
+    `alone`: measure this rank of a setup of several GPUs on one, among ranks that torch's fake process group
+    imagines: its own memory is real, collectives carry nothing and NCCL is not there.
     The record is returned, not kept. Raises what `measure` raises; where the simulation fails, its
     Prediction says why.
     """
@@ -43,6 +47,20 @@ def record_of(
                 on_event(event)
 
         found = measured(
-            measuring, setup, time_limit_s, on_event=hear, trace=trace, cancelled=cancelled
+            measuring,
+            setup,
+            time_limit_s,
+            on_event=hear,
+            trace=trace,
+            cancelled=cancelled,
+            alone=alone,
         )
-        return recorded(setup, found, started[0].result())
+        record = recorded(setup, found, started[0].result())
+        return record if alone is None else _of_rank(record, alone)
+
+
+def _of_rank(record: Record, rank: int) -> Record:
+    note = f"Rank {rank} measured alone on one GPU: the other ranks and NCCL were not there."
+    provenance = {**record.report.provenance, "rank": rank, "alone": True}
+    notes = (note, *record.report.notes)
+    return replace(record, report=replace(record.report, notes=notes, provenance=provenance))
