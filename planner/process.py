@@ -114,13 +114,17 @@ class Served:
 
     def last_words(self) -> str:
         """The last line on standard error, where it is kept."""
+        lines = self.words().strip().splitlines()
+        return lines[-1].strip()[:_SHOWN_CHARACTERS] if lines else ""
+
+    def words(self) -> str:
+        """The end of standard error, where it is kept."""
         if self._words is None:
             return ""
         with contextlib.suppress(OSError, ValueError):
             size = os.fstat(self._words.fileno()).st_size
             self._words.seek(max(0, size - _LAST_WORDS_BYTES))
-            lines = self._words.read().decode("utf-8", "replace").strip().splitlines()
-            return lines[-1].strip()[:_SHOWN_CHARACTERS] if lines else ""
+            return self._words.read().decode("utf-8", "replace")
         return ""
 
     def kill(self) -> None:

@@ -14,7 +14,7 @@ from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.place import rank_notes, simulated_place
 from planner.simulate.simulation import Progress, Simulation
-from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
+from planner.spec import QLoRA, Setup
 from planner.training.attach import attached
 from planner.training.build import skeleton
 from planner.training.peft_config import initialisation_notes
@@ -66,8 +66,7 @@ def simulate(
         run = run_of(setup, torch.device("meta"), simulation.phase, loop=loop, own_lora=own_lora)
         with simulation.outcome():
             run.prepare()
-            if setup.sharding.is_fsdp and isinstance(setup.method, LoRA | Adapter | PeftConfig):
-                simulation.know_adapters(run.trained)  # they came with their units
+            simulation.know_adapters(run.added)  # under FSDP they came with their units
             simulation.follow(run.net, run.trained)
             for step in range(1, steps + 1):
                 run.step(step)

@@ -16,16 +16,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.nn.parallel import distributed as replication
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from planner.errors import PlannerError
 from planner.sharding import Sharding
 from planner.simulate.ledger import Ledger
 from planner.simulate.sharded_trace import ShardedTracer, hosted
+from planner.training.group import imagined_group
 
 __all__ = ["sharded_device"]
 
@@ -33,17 +31,12 @@ __all__ = ["sharded_device"]
 @contextmanager
 def sharded_device(sharding: Sharding, rank: int, tracer: ShardedTracer) -> Iterator[None]:
     """A group of `num_gpus` in which this process is `rank`; freed and streamed storages reach the ledger."""
-    if dist.is_initialized():
-        raise PlannerError("a process group stands in this process; simulate a rank in one of its own.")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sharding.num_gpus)
-    try:
-        with ExitStack() as stack:
-            for patch in (*_patches(tracer.ledger), *_named_parts(tracer)):
-                stack.enter_context(patch)
-            stack.enter_context(tracer.imagining())
-            yield
-    finally:
-        dist.destroy_process_group()
+    with ExitStack() as stack:
+        stack.enter_context(imagined_group(sharding.num_gpus, rank))
+        for patch in (*_patches(tracer.ledger), *_named_parts(tracer)):
+            stack.enter_context(patch)
+        stack.enter_context(tracer.imagining())
+        yield
 
 
 def _patches(ledger: Ledger) -> Iterator[Any]:

@@ -45,6 +45,7 @@ class TrainingRun:
     """
 
     shared = False  # whether several ranks take part: planner.training.sharded_run
+    added: tuple[nn.Parameter, ...] = ()  # there: the method's own parameters
 
     def __init__(
         self,
@@ -59,8 +60,8 @@ class TrainingRun:
         """The model's skeleton is built on `meta`; nothing is on the device yet."""
         if setup.sharding.is_distributed and not self.shared:
             raise SetupError(
-                f"sharding {setup.sharding.sharding} is not run by this step, which has one GPU; "
-                "leave --sharding and --num-gpus out."
+                f"sharding {setup.sharding.sharding} needs several ranks, and this process is one by itself; "
+                "measure such a setup alone, or leave --sharding and --num-gpus out."
             )
         require_library(setup.training.optimizer)
         refuse_unknown(setup.method, setup.model)

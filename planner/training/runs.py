@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from planner.spec import Setup
 from planner.training.run import PhaseHook, TrainingRun
@@ -15,9 +16,9 @@ __all__ = ["run_of"]
 def run_of(setup: Setup, device: torch.device, phases: PhaseHook, **options: Any) -> TrainingRun:
     """The run of a setup on this device; of one rank where several take part, whose process group must stand.
 
-    Raises SetupError for DeepSpeed's stages, which are not run here.
+    Raises SetupError where there is none, and for DeepSpeed's stages, which are not run here.
     """
-    if not setup.sharding.is_distributed:
+    if not setup.sharding.is_distributed or not dist.is_initialized():
         return TrainingRun(setup, device, phases, **options)
     from planner.training.sharded_run import ShardedRun  # torch.distributed.fsdp takes a second to import
 

@@ -66,6 +66,9 @@ def fsdp(net: nn.Module, sharding: Sharding, precision: str, device: torch.devic
         fully_shard(list(units.tail), reshard_after_forward=False, **settings)
     _bring(net, _outside(net, units), device)
     fully_shard(net, **settings)
+    if device.type == "cpu":  # gloo knows no average
+        sharded: Any = net
+        sharded.set_force_sum_reduction_for_comms(True)
     if sharding.prefetch is not None:
         _prefetch(list(units.in_order()), sharding.prefetch)
 

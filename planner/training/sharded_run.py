@@ -11,8 +11,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import SetupError
-from planner.spec import Setup
+from planner.spec import Adapter, LoRA, PeftConfig, Setup
 from planner.training.attach import attached
+from planner.training.group import is_imagined
 from planner.training.optimizers import optimizer_for
 from planner.training.run import PhaseHook, TrainingRun
 from planner.training.sharded import fsdp, mesh_of
@@ -48,8 +49,10 @@ class ShardedRun(TrainingRun):
 
     def prepare(self) -> None:
         """Load and shard, or load, attach and replicate: phases `load` and `attach`."""
+        adds = isinstance(self.setup.method, LoRA | Adapter | PeftConfig)
         if not self.sharding.is_fsdp:
             super().prepare()
+            self.added = tuple(self.trained) if adds else ()
             return
         training = self.setup.training
         with self.phases("load", None):
@@ -62,14 +65,18 @@ class ShardedRun(TrainingRun):
             fsdp(self.net, self.sharding, training.precision, self.device, mesh)
         with self.phases("attach", None):
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
+            self.added = tuple(self.trained) if adds else ()
             self.optimizer = optimizer_for(training.optimizer, self.net)
             if training.precision == "fp16-mixed":
                 self.scaler = torch.amp.GradScaler("cuda")
 
     def _join(self) -> None:
-        self.replica = DistributedDataParallel(self.net)
-        if self.device.type == "meta":  # a group that does not talk returns no result, which DDP asks for
+        simulated = self.device.type == "meta"
+        imagined = is_imagined()  # the others' weights cannot be compared with ours
+        self.replica = DistributedDataParallel(self.net, init_sync=simulated or not imagined)
+        if imagined:  # it returns no result, which DDP asks for
             self.replica.register_comm_hook(None, lambda _state, bucket: _done(bucket.buffer()))
+        if simulated:
             silent: Any = SimpleNamespace(set_runtime_stats_and_log=lambda: None)
             self.replica.logger = silent  # it warns that it cannot take times there
 

@@ -94,6 +94,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Allocator:
 class Run:
     """A made-up run of two parameters over the made-up allocator."""
 
+    shared = False
+
     def __init__(self, device: Allocator) -> None:
         self.events: list[dict[str, Any]] = []
         self.device = device
