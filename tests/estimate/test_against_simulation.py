@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from planner.estimate import estimate
+from planner.optimizers import EIGHT_BIT
 from planner.report import PARTS, MemoryReport
 from planner.simulate import simulate
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, QLoRA, Setup, Training
@@ -55,6 +56,14 @@ ROBERTA = "FacebookAI/roberta-large"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
+OTHER_OPTIMIZERS = (
+    "adamw-single",
+    "adamw-8bit",
+    "paged-adamw-8bit",
+    "adafactor",
+    "sgd-momentum",
+    "lion-8bit",
+)
 
 Case = tuple[str, Method, dict[str, Any]]
 CASES: list[Case] = [
@@ -125,6 +134,46 @@ CASES: list[Case] = [
         for method in (FULL, LORA)
     ],
     (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 8192, "optimizer": "sgd"}),
+    # every other optimizer where its step, its states or its gradients weigh, clipped and not
+    *[
+        (model, FULL, {"micro_batch_size": 1, "seq_len": 64, "precision": precision, "optimizer": optimizer})
+        for model, precision in ((LLAMA, "bf16"), (GPT2, "fp32"), (NEOX, "bf16-mixed"))
+        for optimizer in OTHER_OPTIMIZERS
+    ],
+    *[
+        (model, ALL_LINEAR, {"micro_batch_size": 2, "seq_len": 64, "optimizer": name, "clip_grad_norm": 1.0})
+        for model, name in zip((QWEN3, LLAMA, GPT2, NEOX, QWEN2, GEMMA), OTHER_OPTIMIZERS, strict=True)
+    ],
+    *[
+        (model, FULL, {"micro_batch_size": 1, "seq_len": 128, "optimizer": optimizer, "clip_grad_norm": 0.5})
+        for model, optimizer in zip((QWEN2, QWEN3, GEMMA, BERT, PHI, OLMO2), OTHER_OPTIMIZERS, strict=True)
+    ],
+    (MISTRAL, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "adafactor"}),
+    (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "adafactor"}),
+    (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "paged-adamw-8bit"}),
+    (MISTRAL, FULL, {"micro_batch_size": 1, "optimizer": "lion-8bit", "precision": "fp16-mixed"}),
+    # gradients set to zero stay through the next forward pass
+    *[
+        (model, method, {"micro_batch_size": 1, "seq_len": 256, "optimizer": optimizer, "zero_grad": "zero"})
+        for model, method, optimizer in (
+            (LLAMA, FULL, "sgd"),
+            (LLAMA, LORA, "adamw"),
+            (GPT2, FULL, "adamw-8bit"),
+            (NEOX, FULL, "sgd-momentum"),
+            (BERT, FULL, "adafactor"),
+            (QWEN3, FULL, "adamw-fused"),
+            (QWEN2, BITFIT, "lion-8bit"),
+        )
+    ],
+    *[
+        (model, FULL, {"micro_batch_size": 2, "seq_len": 64, "zero_grad": "zero", **more})
+        for model, more in (
+            (GPT2, {"precision": "bf16-mixed", "optimizer": "sgd"}),
+            (OLMO, {"gradient_accumulation_steps": 2, "optimizer": "lion-8bit"}),
+            (QWEN3, {"activation_checkpointing": True, "optimizer": "paged-adamw-8bit"}),
+        )
+    ],
+    (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 64, "gradient_accumulation_steps": 3}),
     # GPUs whose kernels differ: cuDNN and larger workspaces, the math kernel for grouped heads
     *[
         (model, LORA, {"micro_batch_size": 1, "seq_len": 1024, "gpu": gpu, "precision": precision})
@@ -180,7 +229,8 @@ def test_estimate_is_within_two_percent_of_the_simulation(
     case: Case, record_property: Callable[[str, object], None]
 ) -> None:
     model, method, training = case
-    if isinstance(method, QLoRA) and importlib.util.find_spec("bitsandbytes") is None:
+    needs_bitsandbytes = isinstance(method, QLoRA) or training.get("optimizer") in EIGHT_BIT
+    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed; tests/requirements.txt brings it")
     chosen = {name: value for name, value in training.items() if name != "gpu"}
     setup = Setup(
