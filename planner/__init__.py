@@ -1,10 +1,12 @@
 """VRAM Planner: how much GPU memory a fine-tuning run takes, before it is started.
 
 `estimate(setup)` answers by formulas, `simulate(setup)` by running the training step on tensors without
-storage, `measure(setup)` by running it on a CUDA device. Importing this package imports nothing heavy:
-torch is imported when a simulation or a measurement starts.
+storage, `measure(setup)` by running it on a CUDA device; `method_table(setup)` sets every method beside the
+others. Importing this package imports nothing heavy: torch is imported when a simulation or a measurement
+starts.
 """
 
+from planner.advise import method_table
 from planner.catalog.gpus import Gpu
 from planner.estimate import estimate
 from planner.measure import measure
@@ -30,6 +32,7 @@ __all__ = [
     "__version__",
     "estimate",
     "measure",
+    "method_table",
     "simulate",
     "simulate_step",
 ]

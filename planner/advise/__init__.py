@@ -10,10 +10,13 @@ from planner.advise.limits import (
     smallest_gpu,
     verdicts,
 )
+from planner.advise.method_table import MethodRow, MethodTable, method_table
 
 __all__ = [
     "Cell",
     "Change",
+    "MethodRow",
+    "MethodTable",
     "Verdict",
     "Word",
     "applied",
@@ -21,6 +24,7 @@ __all__ = [
     "grid",
     "largest_micro_batch",
     "largest_seq_len",
+    "method_table",
     "smallest_gpu",
     "verdict",
     "verdicts",

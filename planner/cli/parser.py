@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from planner.cli import catalogs, compare, estimate, export, fit, measure, params, records, simulate
+from planner.cli import (
+    catalogs,
+    compare,
+    estimate,
+    export,
+    fit,
+    measure,
+    methods,
+    params,
+    records,
+    simulate,
+)
 from planner.cli.reply import Reply
 from planner.errors import SetupError, nearest
 from planner.version import __version__
@@ -32,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "records": Verb(help=records.HELP, flags=records.flags, answer=records.answer),
     "params": Verb(help=params.HELP, flags=params.flags, answer=params.answer),
     "compare": Verb(help=compare.HELP, flags=compare.flags, answer=compare.answer),
+    "methods": Verb(help=methods.HELP, flags=methods.flags, answer=methods.answer),
     "fit": Verb(help=fit.HELP, flags=fit.flags, answer=fit.answer),
     "export": Verb(help=export.HELP, flags=export.flags, answer=export.answer),
     "models": Verb(help=catalogs.MODELS_HELP, flags=catalogs.models_flags, answer=catalogs.models),

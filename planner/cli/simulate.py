@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from planner.cli.estimate import report_reply
@@ -11,7 +13,7 @@ from planner.cli.flags import add_setup_flags, setup_from, whole
 from planner.cli.reply import Reply
 from planner.errors import PlannerError, SetupError
 
-__all__ = ["HELP", "answer", "flags"]
+__all__ = ["HELP", "answer", "flags", "missing_library"]
 
 HELP = "memory of the real training step, run without a GPU on tensors without storage, in seconds"
 _OPTIONAL = {"torch", "transformers", "peft", "accelerate", "safetensors"}
@@ -33,10 +35,9 @@ def answer(args: argparse.Namespace) -> Reply:
     setup = setup_from(args)
     target = _target(args.snapshot) if "snapshot" in args else None
     rank = whole(args.rank) if "rank" in args else None
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
     from planner.cli.progress import progress_bar
 
-    try:
+    with missing_library("simulate"):
         from planner.simulate.on_gpu import simulated_on_gpu
         from planner.simulate.snapshot import Recording
 
@@ -45,13 +46,21 @@ def answer(args: argparse.Namespace) -> Reply:
             report = simulated_on_gpu(setup, progress=progress, watch=recording, rank=rank)
         if recording and target:
             recording.write(target)
+    return report_reply(setup, report)
+
+
+@contextmanager
+def missing_library(verb: str) -> Iterator[None]:
+    """What is not installed, in one line; transformers says less while it runs. Raises PlannerError."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
+    try:
+        yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _OPTIONAL:
             raise
         raise PlannerError(
-            f"simulate needs {error.name}, which is not installed; run pip install 'vram-planner[simulate]'."
+            f"{verb} needs {error.name}, which is not installed; run pip install 'vram-planner[simulate]'."
         ) from None
-    return report_reply(setup, report)
 
 
 def _target(text: str) -> Path:

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from planner.advise import Change, Verdict
+from planner.advise import Change, MethodTable, Verdict
 from planner.catalog.gpus import Gpu
 from planner.compare import Comparison, Difference, Storage
 from planner.report import MemoryReport
@@ -21,6 +21,7 @@ __all__ = [
     "show_comparison",
     "show_fit",
     "show_gpus",
+    "show_methods",
     "show_models",
     "show_parameters",
     "show_report",
@@ -133,6 +134,25 @@ def show_fit(
             {True: "yes", False: "no", None: "not known"}[change.fits],
         )
     console.print(table)
+
+
+def show_methods(console: Console, found: MethodTable, verdicts: Mapping[str, str]) -> None:
+    """Every method from the smallest peak up; `verdicts` are words by title, empty without a GPU."""
+    more = found.reference.title if found.reference else ""
+    table = _table("Method", "Trained", "Peak allocated", f"Most against {more}", *["GPU"][: len(verdicts)])
+    for row in found.rows:
+        part = row.difference(found.reference) if found.reference else None
+        table.add_row(
+            row.title,
+            "not known" if row.trainable is None else count(row.trainable),
+            "simulate" if row.peak_bytes is None else gib(row.peak_bytes),
+            f"{_words(part[0])} {'+' if part[1] > 0 else '-'}{gib(abs(part[1]))}" if part else "",
+            *([verdicts.get(row.title, "")] if verdicts else []),
+        )
+    console.print(table)
+    console.print(found.sentence)
+    for row in found.left_out:
+        console.print(f"Without {row.title}: {row.reason}")
 
 
 def show_parameters(console: Console, found: Mapping[str, Any]) -> None:

@@ -87,11 +87,26 @@ def test_models_and_gpus_say_their_source(answer):
     assert [row["driver_name"] for row in answer("gpus", "--name", "Tesla T4")["gpus"]] == ["Tesla T4"]
 
 
+def test_methods_answers_with_a_sorted_table_and_why(answer):
+    found = answer("methods", *LORA, "--gpu", "l4")
+    peaks = [row["peak_allocated_bytes"] for row in found["rows"] if row["peak_allocated_bytes"] is not None]
+    assert peaks == sorted(peaks)
+    assert len(peaks) >= 5
+    row = next(row for row in found["rows"] if row["title"] == "LoRA, r = 32")
+    assert row["peak_allocated_bytes"] == answer("estimate", *LORA)["peak_allocated_bytes"]
+    assert (row["trainable"], row["target_modules"]) == (9175040, ["q_proj", "v_proj"])
+    assert row["verdict"] == answer("estimate", *LORA, "--gpu", "l4")["verdict"]["word"]
+    assert found["compared_with"] == "LoRA, r = 8"
+    assert "trainable parameters" in found["sentence"]
+    assert [one["title"] for one in found["left_out"]] == ["BitFit"]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("estimate", *LORA, "--gpu", "l4"),
         ("params", *LORA),
+        ("methods", *LORA, "--gpu", "l4"),
         ("compare", *LORA),
         ("fit", *LORA, "--gpu", "l4"),
         ("fit", "--model", "params:7e9", "--gpu", "l4"),
@@ -135,7 +150,7 @@ def test_every_field_of_a_setup_is_a_flag():
     classes = (Training, Sharding, *METHODS.values())
     fields = {item.name for cls in classes for item in dataclasses.fields(cls)}
     assert set(HELP) == fields | {"model", "method", "gpu"}
-    for verb in ("estimate", "simulate", "params", "compare", "fit"):
+    for verb in ("estimate", "simulate", "params", "compare", "methods", "fit"):
         assert {flag(name) for name in HELP} <= set(program().verbs[verb].flag_names())
 
 
@@ -161,7 +176,7 @@ def test_nothing_heavy_is_imported_for_json():
         "import sys; from planner.cli import main; code = main(sys.argv[1:]); "
         f"sys.exit(code or repr([name for name in {HEAVY!r} if name in sys.modules]))"
     )
-    for verb in ("estimate", "params", "compare", "fit"):
+    for verb in ("estimate", "params", "compare", "methods", "fit"):
         words = [verb, *LORA, "--gpu", "h100", "--json"]
         done = subprocess.run(
             [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
