@@ -168,7 +168,7 @@ class Tape:
         """How many nodes keep each storage."""
         keepers: dict[Tensor, int] = {}
         for node in self.nodes:
-            for owner in {tensor.owner for tensor in node.kept}:
+            for owner in dict.fromkeys([tensor.owner for tensor in node.kept]):
                 keepers[owner] = keepers.get(owner, 0) + 1
         return keepers
 
@@ -283,7 +283,7 @@ class Tape:
                     live -= _released(old)
             for grad in arrived:
                 live -= _released(grad)
-            for owner in {tensor.owner for tensor in node.kept}:
+            for owner in dict.fromkeys([tensor.owner for tensor in node.kept]):
                 if owner in users:
                     users[owner] -= 1
                     if not users[owner]:
