@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import SetupError
+from planner.estimate.optimizers import saved_state_bytes
 from planner.estimate.parameters import trained_tensors
 from planner.estimate.recipes import RECIPES
 from planner.report import PARTS, MemoryReport
@@ -46,13 +47,17 @@ class Difference:
 class Storage:
     """Disk space for `tasks` fine-tuned models, at the bytes their weights have in memory.
 
-    Excludes file headers (some kilobytes), tokenizers and optimizer states.
+    `full_optimizer_bytes` and `optimizer_bytes` come on top for each task whose run is to be resumed: the
+    optimizer's states under full fine-tuning and under the chosen method, None where not known.
+    Excludes file headers (some kilobytes), tokenizers, and states of the scheduler and of random numbers.
     """
 
     tasks: int
     full_copy_bytes: int
     base_bytes: int
     adapter_bytes: int
+    full_optimizer_bytes: int | None = None
+    optimizer_bytes: int | None = None
 
     @property
     def full_copies_bytes(self) -> int:
@@ -78,6 +83,8 @@ class Storage:
             "base_bytes": self.base_bytes,
             "adapter_bytes": self.adapter_bytes,
             "base_and_adapters_bytes": self.base_and_adapters_bytes,
+            "full_optimizer_bytes": self.full_optimizer_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
             "reduction": self.reduction,
         }
 
@@ -149,7 +156,7 @@ def storage(setup: Setup, tasks: int = 1) -> Storage:
     """Disk space for `tasks` tasks: full copies, against one base and the trained tensors of each.
 
     A full copy keeps the dtype the recipe holds the weights in, an adapter the dtype it was trained
-    in. Raises SetupError for fewer than one task.
+    in. Optimizer states as the optimizer holds them. Raises SetupError for fewer than one task.
     """
     if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
         raise SetupError(f"tasks must be a whole number of at least 1, got {tasks!r}.")
@@ -160,5 +167,10 @@ def storage(setup: Setup, tasks: int = 1) -> Storage:
         base_bytes = full_copy_bytes
         adapter_bytes = sum(t.numel * t.count * t.element_bytes for t in trained_tensors(setup))
     return Storage(
-        tasks=tasks, full_copy_bytes=full_copy_bytes, base_bytes=base_bytes, adapter_bytes=adapter_bytes
+        tasks=tasks,
+        full_copy_bytes=full_copy_bytes,
+        base_bytes=base_bytes,
+        adapter_bytes=adapter_bytes,
+        full_optimizer_bytes=saved_state_bytes(full_of(setup)),
+        optimizer_bytes=saved_state_bytes(setup),
     )

@@ -82,6 +82,24 @@ def test_storage_counts_each_trained_parameter_once(method, precision):
     assert storage(setup).adapter_bytes == parameters(setup).trainable * bytes_each
 
 
+def test_a_run_is_resumed_with_its_optimizer_states():
+    """torch/optim/adam.py: two states in the weight's type, and a step counter in fp32 for each tensor."""
+    planned = Setup(model="meta-llama/Llama-3.2-1B", method=LoRA(lora_rank=8, target_modules=("q_proj",)))
+    space = storage(planned)
+    assert space.optimizer_bytes == 2 * 4 * 16 * 8 * (2048 + 2048) + 4 * 2 * 16
+    assert space.full_optimizer_bytes == 2 * 2 * 1_235_814_400 + 4 * 146
+    assert storage(planned.replace(optimizer="sgd")).optimizer_bytes == 0
+    assert storage(full_of(planned)).optimizer_bytes == space.full_optimizer_bytes
+    factored = storage(planned.replace(optimizer="adafactor"))  # rows, columns and an RMS of A and of B
+    assert factored.optimizer_bytes == 4 * 16 * 2 * (8 + 2048 + 1)
+    bare = Setup(model="params:7e9", training=Training(optimizer="adafactor"))
+    assert storage(bare).optimizer_bytes is None
+    textbook = Setup(model="params:7e9", method=PeftOfSize(trainable_params=4_000_000))
+    textbook = textbook.replace(precision="textbook")
+    assert storage(textbook).optimizer_bytes == 8 * 4_000_000 + 4
+    assert storage(textbook).full_optimizer_bytes == 56 * 10**9
+
+
 def test_full_fine_tuning_has_no_base_to_share():
     space = storage(Setup(model="gpt2"), tasks=4)
     assert space.base_and_adapters_bytes == space.full_copies_bytes

@@ -101,6 +101,11 @@ def show_comparison(console: Console, both: Comparison, space: Storage, verdicts
         f"On disk for {tasks}: {size(space.full_copies_bytes)} as full copies, "
         f"{size(space.base_and_adapters_bytes)} as one base and {size(space.adapter_bytes)} a task."
     )
+    if space.full_optimizer_bytes is not None and space.optimizer_bytes is not None:
+        console.print(
+            f"To resume a task's run, its optimizer states as well: {size(space.optimizer_bytes)} instead of "
+            f"{size(space.full_optimizer_bytes)}."
+        )
     for verdict, name in zip(verdicts, ("Full fine-tuning", chosen), strict=False):
         console.print(f"{name}: {verdict.sentence}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from planner.advise import Change, changes, grid, smallest_gpu
-from planner.compare import storage
+from planner.compare import Storage, storage
 from planner.dashboard import figures, grid as squares, simulating, state, tables
 from planner.dashboard.answers import Answer, cards
 from planner.dashboard.links import MOST_TASKS, TASKS
@@ -208,13 +208,20 @@ def _storage_of(shown: Answer) -> None:
     needed = storage(shown.setup, int(tasks))
     copies = f"{tasks:,} full copies take **{gib(needed.full_copies_bytes)}**"
     if shown.is_full:
-        st.markdown(f"{copies}: full fine-tuning stores the whole model for each task.")
+        st.markdown(f"{copies}: full fine-tuning stores the whole model for each task.{_to_resume(needed)}")
         return
     st.markdown(
         f"{copies}; one base model ({gib(needed.base_bytes)}) and {tasks:,} x {gib(needed.adapter_bytes)} "
         f"of trained tensors take **{gib(needed.base_and_adapters_bytes)}**, "
-        f"{percent(needed.reduction)} less."
+        f"{percent(needed.reduction)} less.{_to_resume(needed)}"
     )
+
+
+def _to_resume(needed: Storage) -> str:
+    """What a checkpoint takes beside the weights, where it is known."""
+    if needed.optimizer_bytes is None:
+        return ""
+    return f" To resume a task's run, its optimizer states take {gib(needed.optimizer_bytes)} more."
 
 
 def _not_counted(shown: Answer) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES
+from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup
 from planner.units import gib
@@ -109,15 +110,58 @@ def _gradients(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
 
 
 def _optimizer_states(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
-    if setup.training.optimizer == "sgd":
-        return r"0", "SGD without momentum keeps no state.", "torch/optim/sgd.py"
+    optimizer, trainable = setup.training.optimizer, report.parameters.trainable
     recipe = RECIPES[setup.training.precision]
     kept = f"{recipe.state} bytes each" if recipe.state else "each in its parameter's type"
+    if optimizer == "sgd":
+        return r"0", "SGD without momentum keeps no state.", "torch/optim/sgd.py"
+    if optimizer == "sgd-momentum":
+        return (
+            r"\sum_{\mathrm{trained}\ W} e_s \, |W|",
+            f"One momentum of {trainable:,} trained parameters, {kept}.",
+            "torch/optim/sgd.py, _init_group (a copy of the first gradient)",
+        )
+    if optimizer == "adafactor":
+        return (
+            r"4 \sum_W \left( \tfrac{|W|}{d_{\mathrm{in}}} + \tfrac{|W|}{d_{\mathrm{out}}} + 1 \right)",
+            f"Second moments of {trainable:,} trained parameters by rows and by columns, in fp32, and one "
+            "mean for each tensor; one-dimensional tensors keep all of theirs.",
+            "transformers, optimization.py (Adafactor.step); Shazeer and Stern 2018, section 3",
+        )
+    if optimizer in EIGHT_BIT:
+        return _eight_bit_states(optimizer, report)
     return (
         r"2 \sum_{\mathrm{trained}\ W} e_s \, |W|",
         f"AdamW's two moments of {report.parameters.trainable:,} trained parameters, {kept}.",
         "torch/optim/adam.py, _init_group (zeros_like); textbook: Rajbhandari et al. 2020, section 3.1",
     )
+
+
+def _eight_bit_states(optimizer: str, report: MemoryReport) -> tuple[str, str, str]:
+    count = 1 if optimizer == "lion-8bit" else 2
+    paged = report.provenance.get("paged_bytes", 0)
+    large = r"|W| + 4 \left\lceil \tfrac{|W|}{256} \right\rceil"
+    apart = f" {gib(paged)} of them are paged (100,000 numbers and more) and in no memory of torch's."
+    return (
+        rf"{count} \sum_{{|W| \geq 4096}} ({large}) + {count} \sum_{{\mathrm{{others}}}} 4\, |W|",
+        f"{report.parameters.trainable:,} trained parameters: a byte for each state and an fp32 scale for "
+        f"each 256; tensors below 4,096 numbers and embeddings keep fp32 states.{apart if paged else ''}",
+        "bitsandbytes, optim/optimizer.py (init_state, get_state_buffer); transformers, trainer.py",
+    )
+
+
+# The most that one optimizer step takes beside states and gradients, of the tensors W that are trained.
+_STEPS = {
+    "adamw": (r"\sum_W e_s |W|", "the square roots of all second moments (adam.py, _multi_tensor_adam)"),
+    "adamw-single": (
+        r"\max_i \, e_s (|W_{i-1}| + 2 |W_i|)",
+        "a tensor's square root and quotient, and the one before (adam.py, _single_tensor_adam)",
+    ),
+    "adafactor": (
+        r"\max_i \, 4 (|W_{i-1}| + 4 |W_i|)",
+        "fp32 copies of a 16-bit gradient and weight, and two of the update (2 |W| without the copies)",
+    ),
+}
 
 
 def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
@@ -156,11 +200,13 @@ def _logits(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
 
 
 def _temporaries(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
+    optimizer = setup.training.optimizer
+    formula, words = _STEPS.get(optimizer, (r"0", "nothing: it works in place"))
     return (
-        r"\max_{\mathrm{op}} \sum \mathrm{alive\ only\ within\ it}",
-        "In the backward pass the gradients of one layer's activations; in the step of torch's default AdamW "
-        f"(foreach) copies as large as what is trained. Here the peak is in {peak_place(report)}.",
-        "torch/optim/adam.py, _multi_tensor_adamw",
+        rf"\max \left( \mathrm{{backward}}, {formula} \right)",
+        f"In the backward pass the gradients of one layer's activations; in the step of {optimizer} {words}. "
+        f"Here the peak is in {peak_place(report)}.",
+        "torch/optim; transformers, optimization.py; bitsandbytes, backends/cuda/ops.py",
     )
 
 

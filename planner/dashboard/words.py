@@ -113,12 +113,12 @@ FIELD_HELP = {
     "weights under autocast. textbook: 2 + 2 + 8 bytes for each trained parameter.",
     "optimizer": "adamw is torch's own default on CUDA (foreach), with temporaries as large as what it "
     "trains; adamw-fused has none, adamw-single those of one tensor. The 8-bit ones are bitsandbytes', with "
-    "embeddings in fp32 as HF Trainer sets them; the paged one keeps large states where torch does not count.",
+    "embeddings in fp32 as HF Trainer sets them; what is paged is in no number of torch's.",
     "activation_checkpointing": "Keeps each layer's input and computes the layer again in the backward pass. "
     "Also called gradient checkpointing.",
     "attention": "sdpa is torch's own choice; eager keeps the whole attention matrix.",
     "clip_grad_norm": "Largest gradient norm; empty for no clipping.",
-    "zero_grad": "none gives gradients up, as torch does; zero keeps them alive through the next forward pass.",
+    "zero_grad": "none gives gradients up, as torch does; zero keeps them through the next forward pass.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
     "lora_dropout": "Dropout on each adapter's input; above 0 it keeps a mask.",
     "lora_bias": "none, all biases, or those of the target layers only.",

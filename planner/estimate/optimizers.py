@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
-from planner.estimate.parameters import TrainedTensor
-from planner.estimate.rounding import MIN_BLOCK_BYTES, block_bytes, packed_bytes
+from planner.estimate.parameters import TrainedTensor, trained_tensors
+from planner.estimate.recipes import recipe_of
+from planner.estimate.rounding import block_bytes, packed_bytes
 from planner.optimizers import EIGHT_BIT, Optimizer
-from planner.spec import PeftOfSize, Setup
+from planner.spec import PeftConfig, PeftOfSize, Setup
 
-__all__ = ["OptimizerMemory", "bare_state_bytes", "optimizer_memory", "states_are_known"]
+__all__ = [
+    "OptimizerMemory",
+    "bare_memory",
+    "optimizer_memory",
+    "saved_state_bytes",
+    "states_are_known",
+]
 
 # States for each trained element; Adafactor's depend on the shape.
 _STATES: dict[Optimizer, int] = {
@@ -33,6 +40,7 @@ _STATES: dict[Optimizer, int] = {
 _SMALL_NUMEL = 4096  # optim/adamw.py, min_8bit_size: tensors below it keep fp32 states
 _PAGED_NUMEL = 100_000  # optimizer.py, get_state_buffer: states from 1e5 elements on are paged
 _BLOCK_NUMEL = 256  # optimizer.py, init_state: one fp32 absmax for so many 8-bit numbers
+_COUNTER_BYTES = 4  # adam.py, _init_group: each tensor's step, in fp32; on the device where it is fused
 _MAP_BYTES = 256 * 4  # functional.py, create_dynamic_map: one for each state, shared by all tensors
 
 
@@ -54,13 +62,16 @@ def states_are_known(setup: Setup) -> bool:
     return not (shapeless and setup.training.optimizer == "adafactor")
 
 
-def bare_state_bytes(setup: Setup, trainable: int, element_bytes: int) -> int:
+def bare_memory(setup: Setup, trainable: int, element_bytes: int) -> OptimizerMemory:
     """States of `trainable` parameters of unknown shapes, `element_bytes` each where they are not 8-bit."""
     optimizer = setup.training.optimizer
-    if optimizer in EIGHT_BIT:
-        numel = trainable + 4 * -(-trainable // _BLOCK_NUMEL)
-        return 0 if optimizer == "paged-adamw-8bit" else _STATES[optimizer] * numel
-    return _STATES[optimizer] * trainable * element_bytes
+    count = _STATES[optimizer]
+    if optimizer not in EIGHT_BIT:
+        return OptimizerMemory(states_bytes=count * trainable * element_bytes, temporaries_bytes=0)
+    scales = count * 4 * -(-trainable // _BLOCK_NUMEL)
+    if optimizer == "paged-adamw-8bit":
+        return OptimizerMemory(states_bytes=scales, temporaries_bytes=0, paged_bytes=count * trainable)
+    return OptimizerMemory(states_bytes=count * trainable + scales, temporaries_bytes=0)
 
 
 def optimizer_memory(
@@ -70,30 +81,63 @@ def optimizer_memory(
 
     `state_bytes` is one state's element where the recipe says so (textbook), None: the weight's own.
     """
-    optimizer = setup.training.optimizer
-    if not states_are_known(setup):
-        return OptimizerMemory(states_bytes=0, temporaries_bytes=0)
-    tensors = list(_in_model_order(trained))
-    if optimizer in EIGHT_BIT:
-        embeddings = {t.name for t in setup.model.tensors if t.kind == "embedding"}
-        return _eight_bits(optimizer, tensors, embeddings)
-    if optimizer == "adafactor":
-        return OptimizerMemory(
-            states_bytes=packed_bytes(size for t in tensors for size in _factored(t.shape)),
-            temporaries_bytes=_adafactor_temporaries(tensors),
-        )
-    sizes = [t.numel * (state_bytes or t.element_bytes) for t in tensors]
+    tensors = list(_in_model_order(trained)) if states_are_known(setup) else []
+    states = _states(setup, tensors, state_bytes)
     temporaries = 0
-    if optimizer == "adamw":  # adam.py, _multi_tensor_adam: exp_avg_sq_sqrt of all tensors at once
-        temporaries = packed_bytes(sizes)
-    elif optimizer == "adamw-single":
-        temporaries = _single_adamw_temporaries(sizes)
-    # adam.py, _init_group: fused keeps each tensor's step counter on the device
-    counters = MIN_BLOCK_BYTES * len(sizes) if optimizer == "adamw-fused" else 0
+    match setup.training.optimizer:
+        case "adamw":  # adam.py, _multi_tensor_adam: exp_avg_sq_sqrt of all tensors at once
+            temporaries = packed_bytes([t.numel * (state_bytes or t.element_bytes) for t in tensors])
+        case "adamw-single":
+            temporaries = _single_adamw_temporaries(
+                [t.numel * (state_bytes or t.element_bytes) for t in tensors]
+            )
+        case "adafactor":
+            temporaries = _adafactor_temporaries(tensors)
     return OptimizerMemory(
-        states_bytes=counters + packed_bytes([size for size in sizes for _ in range(_STATES[optimizer])]),
+        states_bytes=packed_bytes(states.on_device),
         temporaries_bytes=temporaries,
+        paged_bytes=sum(states.paged),
     )
+
+
+def saved_state_bytes(setup: Setup) -> int | None:
+    """The tensors of `optimizer.state_dict()`, which a run needs to be resumed; None where not known.
+
+    Excludes what torch.save adds: names and groups, some hundred bytes for each tensor.
+    """
+    if not states_are_known(setup) or isinstance(setup.method, PeftConfig):
+        return None
+    recipe = recipe_of(setup)
+    trained = trained_tensors(setup)
+    if not trained:  # full fine-tuning of a bare number of parameters
+        bare = bare_memory(setup, setup.model.parameters, recipe.state or recipe.base)
+        return bare.states_bytes + bare.paged_bytes
+    states = _states(setup, list(_in_model_order(trained)), recipe.state)
+    return sum(states.on_device) + sum(states.paged) + sum(states.on_host)
+
+
+@dataclass(slots=True)
+class _States:
+    """Requests for states: from torch's allocator, for managed memory, on the host."""
+
+    on_device: list[int] = field(default_factory=list)
+    paged: list[int] = field(default_factory=list)
+    on_host: list[int] = field(default_factory=list)
+
+
+def _states(setup: Setup, tensors: Sequence[TrainedTensor], state_bytes: int | None) -> _States:
+    optimizer = setup.training.optimizer
+    if optimizer in EIGHT_BIT:
+        return _eight_bits(optimizer, tensors, {t.name for t in setup.model.tensors if t.kind == "embedding"})
+    if optimizer == "adafactor":
+        return _States(on_device=[size for t in tensors for size in _factored(t.shape)])
+    states = _States()
+    counters = states.on_device if optimizer == "adamw-fused" else states.on_host
+    for t in tensors:
+        if optimizer in ("adamw", "adamw-fused", "adamw-single"):
+            counters.append(_COUNTER_BYTES)
+        states.on_device += [t.numel * (state_bytes or t.element_bytes)] * _STATES[optimizer]
+    return states
 
 
 def _single_adamw_temporaries(sizes: Iterable[int]) -> int:
@@ -127,29 +171,24 @@ def _adafactor_temporaries(tensors: Iterable[TrainedTensor]) -> int:
     return most
 
 
-def _eight_bits(
-    optimizer: Optimizer, tensors: Iterable[TrainedTensor], embeddings: set[str]
-) -> OptimizerMemory:
+def _eight_bits(optimizer: Optimizer, tensors: Iterable[TrainedTensor], embeddings: set[str]) -> _States:
     """Optimizer1State and Optimizer2State, init_state; the update itself works in place.
 
     `embeddings` keep fp32 states, as HF Trainer asks for.
     """
-    count, paged = _STATES[optimizer], 0
-    sizes: list[int] = []
+    count, states = _STATES[optimizer], _States()
     maps = [_MAP_BYTES] * count
     for t in tensors:
         single = t.numel < _SMALL_NUMEL or (not t.added and t.name in embeddings)
-        states = [4 * t.numel if single else t.numel] * count
         if not single:
-            sizes += maps
+            states.on_device += maps
             maps = []
-        if optimizer == "paged-adamw-8bit" and t.numel >= _PAGED_NUMEL:
-            paged += sum(states)
-        else:
-            sizes += states
+        paged = optimizer == "paged-adamw-8bit" and t.numel >= _PAGED_NUMEL
+        place = states.paged if paged else states.on_device
+        place += [4 * t.numel if single else t.numel] * count
         if not single:
-            sizes += [4 * -(-t.numel // _BLOCK_NUMEL)] * count
-    return OptimizerMemory(states_bytes=packed_bytes(sizes), temporaries_bytes=0, paged_bytes=paged)
+            states.on_device += [4 * -(-t.numel // _BLOCK_NUMEL)] * count
+    return states
 
 
 def _in_model_order(trained: Sequence[TrainedTensor]) -> Iterator[TrainedTensor]:

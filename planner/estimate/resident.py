@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.estimate.optimizers import bare_state_bytes, optimizer_memory
+from planner.estimate.optimizers import bare_memory, optimizer_memory
 from planner.estimate.parameters import TrainedTensor, parameters, trained_tensors
 from planner.estimate.quantized import tensor_sizes
 from planner.estimate.recipes import recipe_of
@@ -90,11 +90,13 @@ def _bare(setup: Setup) -> Resident:
     base = setup.model.parameters
     added_element = recipe.adapter if isinstance(setup.method, PeftOfSize) else 0
     element = added_element or recipe.base
+    optimizer = bare_memory(setup, counts.trainable, recipe.state or element)
     return Resident(
         parameters=counts,
         trained=trained_tensors(setup),
         base_weights_bytes=base * recipe.base,
         adapter_weights_bytes=counts.added * added_element,
         gradients_bytes=counts.trainable * element,
-        optimizer_states_bytes=bare_state_bytes(setup, counts.trainable, recipe.state or element),
+        optimizer_states_bytes=optimizer.states_bytes,
+        paged_bytes=optimizer.paged_bytes,
     )

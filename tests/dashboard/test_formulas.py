@@ -1,0 +1,54 @@
+"""The formulas of the page Method: each optimizer has its own, and results are the report's."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from planner.dashboard.formulas import terms
+from planner.estimate import estimate
+from planner.optimizers import Optimizer
+from planner.spec import Setup, Training
+from planner.units import gib
+
+GPT2 = "openai-community/gpt2"
+WORDS = {
+    "adamw": "two moments",
+    "adamw-fused": "two moments",
+    "adamw-single": "two moments",
+    "adamw-8bit": "an fp32 scale for each 256",
+    "paged-adamw-8bit": "are paged",
+    "adafactor": "by rows and by columns",
+    "sgd": "keeps no state",
+    "sgd-momentum": "One momentum",
+    "lion-8bit": "an fp32 scale for each 256",
+}
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_each_optimizer_has_its_formula(optimizer: Any) -> None:
+    setup = Setup(model=GPT2, training=Training(optimizer=optimizer))
+    report = estimate(setup)
+    found = {term.part: term for term in terms(setup, report)}
+    states, step = found["optimizer_states"], found["temporaries"]
+    assert WORDS[optimizer] in states.numbers
+    assert states.result == gib(report.parts.optimizer_states)
+    assert f"in the step of {optimizer} " in step.numbers
+    for term in (states, step):
+        assert term.formula.count("{") == term.formula.count("}")
+        assert term.source
+
+
+def test_what_is_paged_is_named_with_its_size() -> None:
+    setup = Setup(model=GPT2, training=Training(optimizer="paged-adamw-8bit"))
+    report = estimate(setup)
+    (states,) = (term for term in terms(setup, report) if term.part == "optimizer_states")
+    assert gib(report.provenance["paged_bytes"]) in states.numbers
+    assert gib(report.provenance["paged_bytes"]) in report.notes[0]
+
+
+def test_states_that_follow_from_shapes_are_not_known_of_a_number() -> None:
+    setup = Setup(model="params:7e9", training=Training(optimizer="adafactor"))
+    (states,) = (term for term in terms(setup, estimate(setup)) if term.part == "optimizer_states")
+    assert states.result == "not known"
