@@ -1,9 +1,10 @@
 """The moments of one step under FSDP2: what is gathered, reduced and kept while each unit runs.
 
 One walk forward and one backward over the units, in FSDP2's own order. Source: torch 2.13, distributed/fsdp/
-_fully_shard/_fsdp_param_group.py (`wait_for_unshard` keeps the all-gather's output in the forward pass until
-the next unit's is there; `_backward_prefetch` gathers one unit ahead; `post_backward` frees the weights, then
-fills the reduce-scatter's input beside the gradients and holds it until the next unit's turn).
+_fully_shard/_fsdp_param_group.py. `wait_for_unshard` keeps the all-gather's output in the forward pass until
+the next unit's weights are there (its variable `prev_all_gather_state` still refers to it);
+`_backward_prefetch` gathers one unit ahead; `post_backward` frees the weights, then fills the
+reduce-scatter's input beside the gradients and holds it until the next unit's turn.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def forward_moments(plan: Plan, layers: Stack, gradients: int, earlier_logits: i
     kept = 0 if plan.reshards else kept
     waiting += first.kept_bytes + first.copied_bytes + first.pinned_bytes
     for index, (stretch, unit) in enumerate(zip(_expanded(layers), plan.layers, strict=True)):
-        yield alive(waiting + plan.hidden_bytes, held + kept + before.buffer + unit.buffer + unit.copied)
+        yield alive(waiting + plan.hidden_bytes, held + kept + before.buffer + unit.arriving_bytes)
         gathered = held + kept + unit.gathered + unit.buffer + plan.following(index)
         yield alive(waiting + stretch.input_bytes + stretch.forward_peak_bytes, gathered)
         waiting += stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
@@ -108,8 +109,7 @@ def forward_moments(plan: Plan, layers: Stack, gradients: int, earlier_logits: i
     if plan.tied:
         gathered = held + kept + before.buffer
     else:
-        gathered = held + kept + before.buffer + plan.tail.buffer + plan.tail.copied
-        yield alive(waiting + plan.hidden_bytes, gathered)
+        yield alive(waiting + plan.hidden_bytes, held + kept + before.buffer + plan.tail.arriving_bytes)
         gathered = held + kept + plan.tail.gathered + plan.tail.buffer
     yield alive(waiting + last.input_bytes + last.forward_peak_bytes, gathered)
     waiting += last.kept_bytes + last.copied_bytes + last.pinned_bytes

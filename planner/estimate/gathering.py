@@ -41,9 +41,15 @@ class UnitMemory:
     waiting_reduced: int = 0
 
     @property
+    def arriving_bytes(self) -> int:
+        """The most while the unit is gathered: the buffer with the cast shards, then with whole weights."""
+        return self.buffer + max(self.copied, self.gathered)
+
+    @property
     def reducing_bytes(self) -> int:
-        """What the reduction holds beside the rank's gradients when its output has been cast."""
-        return self.reduce_input + self.reduce_output + self.last_gradient - self.gradients
+        """What the reduction holds beside what stays of it when its output has been cast."""
+        stays = self.gradients + self.waiting_reduced
+        return self.reduce_input + self.reduce_output + self.last_gradient - stays
 
 
 def unit_memory(

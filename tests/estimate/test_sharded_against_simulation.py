@@ -21,6 +21,7 @@ FULL = FullFineTuning()
 LORA = LoRA(lora_rank=8, target_modules=("all-linear",))
 TIED = "meta-llama/Llama-3.2-1B"
 UNTIED = "meta-llama/Llama-3.1-8B"
+LARGE = "meta-llama/Llama-3.1-405B"  # units so large that gathering two of them is the forward's peak
 GPT2 = "openai-community/gpt2-medium"
 NEOX = "EleutherAI/pythia-410m"
 QWEN3 = "Qwen/Qwen3-0.6B"
@@ -43,6 +44,7 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (UNTIED, FULL, FUSED, {**EIGHT, "prefetch": 2}),
     (UNTIED, FULL, FUSED, {**EIGHT, "cpu_offload": "parameters"}),
     (UNTIED, FULL, {**FUSED, "activation_checkpointing": True, "seq_len": 1024}, EIGHT),
+    (LARGE, FULL, {**FUSED, "activation_checkpointing": True}, {"num_gpus": 256, "sharding": "fsdp"}),
     (TIED, LORA, MIXED, {"num_gpus": 64, "sharding": "fsdp"}),
     (GPT2, FULL, {**MIXED, "micro_batch_size": 4}, EIGHT),
     (NEOX, FULL, {**FUSED, "precision": "fp32"}, {"num_gpus": 4, "sharding": "fsdp"}),
