@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import torch
 from planner import Adapter, BitFit, LoRA, Setup
 from planner.measure import reading
 from planner.measure.answer import measured_report, readings
+from planner.optimizers import EIGHT_BIT, Optimizer
 from planner.report import PARTS, MemoryReport
 from planner.simulate.run import Simulation, simulate
 from planner.training.run import TrainingRun
@@ -79,6 +80,8 @@ def on_a_simulated_device(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Memo
         {"event": "parameters", "total": total, "trainable": trained, "added": total - setup.model.parameters}
     )
     events.append({"event": "workspace", "workspace_bytes": ledger.totals["workspace"]})
+    if reader.paged_bytes:
+        events.append({"event": "paged", "paged_bytes": reader.paged_bytes})
     events.append({"event": "done"})
     return measured_report(setup, readings(events), date="2026-01-01T00:00:00+00:00")
 
@@ -101,12 +104,21 @@ SETUPS = {
     "adapter": setup_of(GPT2, Adapter(adapter_size=16), seq_len=256),
     "bitfit": setup_of(GPT2, BitFit(), optimizer="sgd"),
     "full, trainer's clipping, fp32": setup_of(GPT2, precision="fp32", clip_grad_norm=1.0),
+    **{f"full, {name}": setup_of(LLAMA, optimizer=name) for name in get_args(Optimizer)},
+    "full, zeroed": setup_of(LLAMA, zero_grad="zero"),
+    "full, zeroed, peak at the loss": setup_of(LLAMA, changes={"vocab_size": 90_000}, zero_grad="zero"),
+    "full, zeroed, paged, accumulated": setup_of(
+        GPT2, zero_grad="zero", optimizer="paged-adamw-8bit", gradient_accumulation_steps=2
+    ),
+    "lora, zeroed, adafactor": setup_of(LLAMA, LoRA(lora_rank=8), zero_grad="zero", optimizer="adafactor"),
 }
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_what_is_read_is_what_the_ledger_knows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = SETUPS[name]
+    if setup.training.optimizer in EIGHT_BIT:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     simulated = simulate(setup)
     measured = on_a_simulated_device(setup, monkeypatch)
     assert measured.parameters == simulated.parameters
@@ -123,4 +135,5 @@ def test_what_is_read_is_what_the_ledger_knows(name: str, monkeypatch: pytest.Mo
     (remainder,) = measured.by_subtraction
     others = sum(getattr(simulated.parts, part) for part in {*measured.not_known, remainder})
     assert getattr(measured.parts, remainder) == others
+    assert measured.provenance.get("paged_bytes") == simulated.provenance.get("paged_bytes")
     assert measured.provenance["context_bytes"] == CONTEXT_BYTES
