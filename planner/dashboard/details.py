@@ -6,7 +6,7 @@ import streamlit as st
 
 from planner.advise import Change, changes, grid, smallest_gpu
 from planner.compare import Storage, storage
-from planner.dashboard import figures, grid as squares, simulating, state, tables
+from planner.dashboard import every_method, figures, grid as squares, simulating, state, tables
 from planner.dashboard.answers import Answer, cards
 from planner.dashboard.links import MOST_TASKS, TASKS
 from planner.dashboard.steps import steps_alt, steps_figure, steps_table
@@ -32,6 +32,7 @@ def details(shown: Answer) -> None:
         if not shown.is_full:
             steps(shown)
         _storage(shown)
+    every_method.section(shown)
     _not_counted(shown)
 
 

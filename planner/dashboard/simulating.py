@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -21,7 +22,18 @@ from planner.report import MemoryReport
 from planner.spec import FullFineTuning, PeftOfSize, Setup
 from planner.units import gib, percent
 
-__all__ = ["control", "place", "simulated", "simulated_reports", "simulations", "steps", "summary", "why_not"]
+__all__ = [
+    "ask_beside",
+    "cancel_beside",
+    "control",
+    "place",
+    "simulated",
+    "simulated_reports",
+    "simulations",
+    "steps",
+    "summary",
+    "why_not",
+]
 
 _REFUSED = "_simulation_refused"
 _POLL_SECONDS = 0.5
@@ -115,6 +127,19 @@ def _ask(setup: Setup) -> None:
             visitor.of.ask(one, visitor.name)
     except PlannerError as error:
         st.session_state[_REFUSED] = str(error)
+
+
+def ask_beside(setup: Setup) -> None:
+    """Queue one simulation of this session beside what the page asks for; a full queue is no error."""
+    visitor = _visitor()
+    with contextlib.suppress(PlannerError):
+        visitor.of.ask(setup, visitor.name)
+
+
+def cancel_beside(setup: Setup) -> None:
+    """This session wants one simulation no longer."""
+    visitor = _visitor()
+    visitor.of.cancel(setup, visitor.name)
 
 
 def _cancel(setup: Setup) -> None:

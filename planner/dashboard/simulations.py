@@ -68,7 +68,7 @@ class Simulations:
         start: Callable[[], Worker] = Worker,
         *,
         time_limit_s: float = 300.0,
-        most_kept: int = 64,
+        most_kept: int = 128,
         most_waiting: int = 24,
     ) -> None:
         """No process yet. `time_limit_s` is for one simulation."""
