@@ -167,13 +167,15 @@ class Record:
         return record
 
 
+_USUAL: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Training)}
+
+
 def setup_key(setup: Mapping[str, Any]) -> str:
     """The setup's JSON values without the GPU they were planned for, in one order.
 
     What the training has at its default is left out: a setting that a later version adds changes no key.
     """
-    usual = {item.name: item.default for item in dataclasses.fields(Training)}
-    kept = {k: v for k, v in setup.items() if k != "gpu" and (k not in usual or v != usual[k])}
+    kept = {k: v for k, v in setup.items() if k != "gpu" and (k not in _USUAL or v != _USUAL[k])}
     return json.dumps(kept, sort_keys=True, separators=(",", ":"))
 
 
@@ -208,21 +210,22 @@ def nearest_record(setup: Setup, records: Iterable[Record]) -> Nearest | None:
     for record in sorted(records, key=lambda record: record.date, reverse=True):
         if record.key == key:
             return Nearest(record=record, differences=())
-        if any(record.setup.get(name) != wanted[name] for name in ("model", "method")):
+        recorded = {**_USUAL, **record.setup}  # a setting that came later was at its default
+        if any(recorded.get(name) != wanted[name] for name in ("model", "method")):
             continue
         names = [
             name
             for name in wanted
-            if name not in ("gpu", "model_config") and record.setup.get(name) != wanted[name]
+            if name not in ("gpu", "model_config") and recorded.get(name) != wanted[name]
         ]
         ratio = 1.0
         for name in names:
-            ours, theirs = wanted[name], record.setup.get(name)
+            ours, theirs = wanted[name], recorded.get(name)
             if name in _SIZES and ours and theirs:
                 ratio *= max(ours, theirs) / min(ours, theirs)
         distance = (float(len(names)), ratio)
         if best is None or distance < best[0]:
-            words = tuple(f"{name} {record.setup.get(name)} instead of {wanted[name]}" for name in names)
+            words = tuple(f"{name} {recorded.get(name)} instead of {wanted[name]}" for name in names)
             best = distance, Nearest(record=record, differences=words or ("another model_config",))
     return best[1] if best else None
 

@@ -116,6 +116,14 @@ def test_predicted_against_real_fit() -> None:
     assert fit_table(records, {"none": lambda _record: None})[0].right == 0
 
 
+def test_a_record_from_before_a_setting_was_there_is_near_in_the_others_alone() -> None:
+    record = made_record(seq_len=32)
+    older = {key: value for key, value in record.setup.items() if key != "zero_grad"}
+    near = nearest_record(SETUP, [dataclasses.replace(record, setup=older)])
+    assert near is not None
+    assert near.differences == (f"seq_len 32 instead of {SETUP.training.seq_len}",)
+
+
 def test_the_nearest_record() -> None:
     records = [
         made_record(seq_len=64),
