@@ -146,7 +146,7 @@ def _input(field: Field, model: Model | None) -> None:
         "key": field.name,
         "bind": state.binding(field.name),
         "help": FIELD_HELP.get(field.name),
-        "on_change": state.dismiss_warnings,
+        "on_change": state.number_changed if field.name == "num_gpus" else state.dismiss_warnings,
     }
     if field.kind == "flag":
         st.toggle(label, value=default, **common)

@@ -6,7 +6,7 @@ import streamlit as st
 
 from planner.advise import largest_micro_batch
 from planner.compare import full_of
-from planner.dashboard import figures, packed, pinned, recorded, simulating, state, tables
+from planner.dashboard import figures, packed, pinned, recorded, several, simulating, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
@@ -43,6 +43,7 @@ def page() -> None:
     with right:
         beside_the_table(shown)
     pinned.section(shown)
+    several.section(shown)
     details(shown)
 
 

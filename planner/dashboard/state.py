@@ -28,6 +28,7 @@ __all__ = [
     "last_good",
     "link_warnings",
     "linked",
+    "number_changed",
     "pin",
     "pins",
     "remember_good",
@@ -123,6 +124,18 @@ def show_pins_in_address() -> None:
             st.query_params[key] = wanted[key]
         elif key not in wanted and key in st.query_params:
             del st.query_params[key]
+
+
+def number_changed() -> None:
+    """Several GPUs get a sharding, one loses it: a callback of their number's input."""
+    several = int(st.session_state["num_gpus"] or 1) > 1
+    if several and st.session_state.get("sharding", "none") == "none":
+        st.session_state["sharding"] = "fsdp"
+    elif not several:
+        for field in sharding_fields():
+            if field.name != "num_gpus" and field.name in st.session_state:
+                st.session_state[field.name] = field.default
+    dismiss_warnings()
 
 
 def apply(changes: Mapping[str, Any]) -> None:

@@ -141,7 +141,7 @@ NOT_COUNTED = (
     "The CUDA context and the allocator's unused reserve are not in the bars; the verdict adds both.",
     "Other processes on the card, and what a desktop draws there.",
     "Evaluation during training, above all generation with its key-value cache.",
-    "Several GPUs: sharding, offloading and the buffers of their communication.",
+    "Tensor, pipeline and expert parallelism: several GPUs share a run by its data alone.",
     "Kernels that replace parts of the model (fused losses, compiled graphs), and packed sequences.",
     "The host's memory: data loading, pinned buffers and loading the checkpoint.",
 )
