@@ -49,8 +49,9 @@ THIRD_PARTY = {
     "measure": TORCH,
     "dashboard": PAGE,
 }
-# ... and the late imports among the formulas and data: the hub's client, and the HTTP package it uses.
+# ... and late alone: the hub's client, the HTTP package it uses, a sweep's file format and its cluster.
 LATE = {("catalog/hub.py", "huggingface_hub"), ("catalog/hub.py", "?")}
+LATE |= {("sweep/tables.py", "pyarrow"), ("sweep/on_ray.py", "ray")}
 
 # Modules that reach the clock, the disk, the environment or other processes, and functions that do.
 OUTSIDE_MODULES = {
@@ -69,7 +70,7 @@ OUTSIDE_MODULES = {
 OUTSIDE_CALLS = {"open", "print", "input", "breakpoint"}
 ABOVE = {"cli", "dashboard", "measure", "simulate", "training"}  # what formulas and data may not know of
 MOST_LINES = 350
-HEAVY = TORCH | PAGE | {"numpy", "huggingface_hub"}
+HEAVY = TORCH | PAGE | {"numpy", "huggingface_hub", "pyarrow", "ray"}
 
 
 @dataclass(frozen=True)
@@ -419,6 +420,7 @@ LIGHT_RUNS = {
     "params": command("params", *ESTIMATE[1:5]),
     "models": command("models"),
     "gpus": command("gpus"),
+    "sweep --help": command("sweep", "--help"),
 }
 
 

@@ -110,7 +110,7 @@ def test_the_wheel_says_what_it_is(wheel: Path, description: Message) -> None:
     assert description["License-Expression"] == "Apache-2.0"
     assert description["License-File"] == "LICENSE"
     assert description["Requires-Python"] == ">=3.11"
-    assert set(description.get_all("Provides-Extra", [])) == {"simulate", "qlora", "dashboard"}
+    assert set(description.get_all("Provides-Extra", [])) == {"simulate", "qlora", "dashboard", "ray"}
     body = description.get_payload()
     assert isinstance(body, str)
     assert body.strip() == (ROOT / "README.md").read_text().strip()
@@ -166,8 +166,9 @@ def test_requirements_ask_for_the_same_ranges_as_the_distribution() -> None:
         *(row for name in ("simulate", "dashboard") for row in PROJECT["optional-dependencies"][name]),
     ]
     assert ranges(lines("requirements.txt")) == ranges(everything)
+    assert ranges(lines("requirements-ray.txt")) == ranges(PROJECT["optional-dependencies"]["ray"])
     assert ranges(lines("requirements-qlora.txt")) == ranges(PROJECT["optional-dependencies"]["qlora"])
-    assert set(PROJECT["optional-dependencies"]) == {"simulate", "dashboard", "qlora"}
+    assert set(PROJECT["optional-dependencies"]) == {"simulate", "dashboard", "qlora", "ray"}
 
 
 def test_the_page_without_torch_asks_for_the_core_and_the_dashboard() -> None:
@@ -177,7 +178,8 @@ def test_the_page_without_torch_asks_for_the_core_and_the_dashboard() -> None:
 
 def test_every_range_has_both_ends_and_holds_its_pin() -> None:
     pinned = pins()
-    for name, specifier in ranges([*lines("requirements.txt"), *lines("requirements-qlora.txt")]).items():
+    files = ("requirements.txt", "requirements-qlora.txt", "requirements-ray.txt")
+    for name, specifier in ranges([row for file in files for row in lines(file)]).items():
         requirement = Requirement(f"{name}{specifier}")
         assert {s.operator for s in requirement.specifier} == {">=", "<"}, name
         assert requirement.specifier.contains(pinned[name]), f"{name}: {pinned[name]} is outside {specifier}"
@@ -189,6 +191,7 @@ def test_every_range_has_both_ends_and_holds_its_pin() -> None:
         ("requirements.txt", "-c constraints.txt"),
         ("requirements-web.txt", "-c constraints.txt"),
         ("requirements-qlora.txt", "-c constraints.txt"),
+        ("requirements-ray.txt", "-c constraints.txt"),
         ("tests/requirements.txt", "-c ../constraints.txt"),
     ],
 )

@@ -19,6 +19,7 @@ from planner.cli import (
     params,
     records,
     simulate,
+    sweep,
 )
 from planner.cli.reply import Reply
 from planner.errors import SetupError, nearest
@@ -40,6 +41,7 @@ VERBS: dict[str, Verb] = {
     "estimate": Verb(help=estimate.HELP, flags=estimate.flags, answer=estimate.answer),
     "simulate": Verb(help=simulate.HELP, flags=simulate.flags, answer=simulate.answer),
     "measure": Verb(help=measure.HELP, flags=measure.flags, answer=measure.answer),
+    "sweep": Verb(help=sweep.HELP, flags=sweep.flags, answer=sweep.answer),
     "records": Verb(help=records.HELP, flags=records.flags, answer=records.answer),
     "params": Verb(help=params.HELP, flags=params.flags, answer=params.answer),
     "compare": Verb(help=compare.HELP, flags=compare.flags, answer=compare.answer),

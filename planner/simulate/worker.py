@@ -22,7 +22,7 @@ from planner.errors import PlannerError, TraceError
 from planner.process import answers, jobs
 from planner.units import GIB, gib
 
-__all__ = ["main"]
+__all__ = ["import_libraries", "main"]
 
 Emit = Callable[..., None]
 _NICENESS = 5  # the page, which shares the processors, answers first
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     _behave(limit_bytes)
     asked_for = jobs(asked.idle_s)
     try:
-        _import_libraries()
+        import_libraries()
     except ModuleNotFoundError as error:
         emit("missing", package=(error.name or "").partition(".")[0])
         return 1
@@ -65,7 +65,7 @@ def _behave(limit_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _import_libraries() -> None:
+def import_libraries() -> None:
     """Everything a simulation needs, so that the first job starts at once."""
     import accelerate  # noqa: F401
     import peft  # noqa: F401
