@@ -45,6 +45,8 @@ def main() -> int:
     emit = partial(_emit, connection)
     emit("started", **started(torch))
     reason = None if on_cpu else refusal(torch)
+    if on_cpu:  # FSDP2 asks for an accelerator's stream where a unit was gathered ahead in vain
+        setattr(torch.accelerator, "current_stream", torch.cpu.current_stream)  # noqa: B010 - another type
     if reason:
         emit("refused", error="DeviceError", message=reason)
         emit("end")

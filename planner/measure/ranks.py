@@ -129,6 +129,9 @@ class Ranks:
         for rank in list(self._connections):  # in sessions of their own, so the launcher's end is not theirs
             with contextlib.suppress(OSError):
                 os.kill(self._pids[rank], getattr(signal, "SIGKILL", signal.SIGTERM))
+        ends_at = time.monotonic() + _LAST_WORDS_SECONDS
+        while self._connections and time.monotonic() < ends_at:  # a connection ends with its process
+            time.sleep(_POLL_SECONDS / 10)
         self._launcher.close()
         for connection in list(self._connections.values()):
             connection.close()

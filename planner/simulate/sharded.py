@@ -40,7 +40,9 @@ def sharded_device(sharding: Sharding, rank: int, tracer: ShardedTracer) -> Iter
 
 
 def _patches(ledger: Ledger) -> Iterator[Any]:
-    yield mock.patch.object(torch, "meta", _streams(ledger), create=True)
+    streams = _streams(ledger)
+    yield mock.patch.object(torch, "meta", streams, create=True)
+    yield mock.patch.object(torch.accelerator, "current_stream", streams.current_stream)
     yield mock.patch.object(torch.UntypedStorage, "resize_", _resize(ledger))
     group = _fsdp_param_group.FSDPParamGroup
     for question in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
@@ -72,12 +74,13 @@ def _named_parts(tracer: ShardedTracer) -> Iterator[Any]:
     yield mock.patch.object(parameter, "to_accumulated_grad_if_needed", kept)
 
 
-def _resize(ledger: Ledger) -> Callable[[torch.UntypedStorage, int], None]:
-    original = torch.UntypedStorage.resize_
+def _resize(ledger: Ledger) -> Callable[[torch.UntypedStorage, int], Any]:
+    original: Callable[..., Any] = torch.UntypedStorage.resize_
 
-    def resize(storage: torch.UntypedStorage, size: int) -> None:
-        original(storage, size)
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        resized = original(storage, size)
         ledger.resized(storage)
+        return resized
 
     return resize
 

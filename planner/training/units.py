@@ -42,7 +42,7 @@ def units_of(net: nn.Module, shard_unit: str | None = None) -> Units:
     """
     model: Any = net
     names = [shard_unit] if shard_unit else list(getattr(model, "_no_split_modules", None) or ())
-    blocks = tuple(module for module in _bottom_up(net) if type(module).__name__ in names)
+    blocks = tuple(m for m in _bottom_up(net) if type(m).__name__ in names and m is not net)
     if shard_unit and not blocks:
         known = {type(module).__name__ for module in net.modules() if len(list(module.children())) > 1}
         raise SetupError(
@@ -54,6 +54,12 @@ def units_of(net: nn.Module, shard_unit: str | None = None) -> Units:
     tied = weights[0] is not None and weights[0] is weights[1]
     candidates = (_final_norm(model), embedding, head) if tied else (_final_norm(model), head)
     tail = tuple(module for module in candidates if module is not None and module not in blocks)
+    inside = {part for block in blocks for part in block.modules()}
+    if shard_unit and any(module in inside for module in (*tail, embedding)):
+        raise SetupError(
+            f"shard_unit {shard_unit} holds the embeddings, the final norm or the head, which have units of "
+            "their own; name the class of a layer, or of a part of one."
+        )
     return Units(blocks=blocks, embedding=None if tied else embedding, tail=tail)
 
 

@@ -131,7 +131,7 @@ def test_the_process_ends_with_its_parent() -> None:
 def test_a_job_that_says_nothing_ends_with_standard_input() -> None:
     code = (
         "import sys, time\nfrom planner.measure import child\n"
-        "child._import_libraries = lambda: None\n"
+        "child.import_libraries = lambda: None\n"
         "child._serve = lambda *_: time.sleep(60)\n"
         "sys.exit(child.main())"
     )
@@ -215,7 +215,7 @@ def test_what_libraries_print_does_not_reach_the_stream() -> None:
     """The child moves standard output away before any library is imported; C code's prints included."""
     code = (
         "import os, sys\nfrom planner.measure import child\n"
-        "child._import_libraries = lambda: (print('python'), os.write(1, b'from C\\n'))\n"
+        "child.import_libraries = lambda: (print('python'), os.write(1, b'from C\\n'))\n"
         "sys.exit(child.main())"
     )
     done = subprocess.run(
