@@ -15,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from planner.accuracy import error_table
 from planner.measure.records import shelf
+from planner.optimizers import Optimizer
 from planner.record import Record
 from planner.units import MIB
 from tests.measure.made_up import made_record
@@ -31,6 +33,7 @@ WIDTH = 100  # columns of the outputs in README.md
 PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
 PHASES = re.compile(r"(<!-- published phases -->\n).*?(<!-- end -->)", re.DOTALL)
 SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
+OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDED = re.compile(r"(<!-- recorded -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -230,6 +233,7 @@ def rewritten(text: str) -> str:
         text = re.sub(rf"\(\d+ {what}\)", f"({number} {what})", text)
     text = PUBLISHED.sub(lambda found: found[1] + published_table() + found[2], text)
     text = RECORDED.sub(lambda found: found[1] + recorded_text() + found[2], text)
+    text = OPTIMIZERS.sub(lambda found: found[1] + optimizer_table() + found[2], text)
     text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
 
@@ -256,6 +260,39 @@ def published_table() -> str:
 
 def test_the_table_of_published_runs_is_today_s() -> None:
     assert f"<!-- published -->\n{published_table()}<!-- end -->" in README.read_text()
+
+
+def optimizer_table() -> str:
+    """Full fine-tuning of one model with each optimizer: states, what its step takes beside them, peak."""
+    from planner import Setup, Training, estimate
+    from planner.units import gib
+
+    rows = ["| optimizer | states | temporaries of its step | peak |", "| --- | --- | --- | --- |"]
+    for name in get_args(Optimizer):
+        report = estimate(Setup(model="meta-llama/Llama-3.1-8B", training=Training(optimizer=name)))
+        step = report.phases[-1]
+        states = gib(report.parts.optimizer_states)
+        if paged := report.provenance.get("paged_bytes"):
+            states += f", {gib(paged)} paged"
+        # the phase ends without its gradients and without what the step took
+        taken = step.peak_allocated_bytes - step.allocated_bytes - estimated_gradients()
+        rows.append(f"| `{name}` | {states} | {gib(taken)} | {gib(report.peak_allocated_bytes)} |")
+    return "\n".join(rows) + "\n"
+
+
+def estimated_gradients() -> int:
+    """Bytes of all gradients of the table's model in bf16."""
+    from planner import Setup, Training, estimate
+
+    phases = estimate(
+        Setup(model="meta-llama/Llama-3.1-8B", training=Training(optimizer="sgd", zero_grad="zero"))
+    ).phases
+    none = estimate(Setup(model="meta-llama/Llama-3.1-8B", training=Training(optimizer="sgd"))).phases
+    return phases[-1].allocated_bytes - none[-1].allocated_bytes
+
+
+def test_the_table_of_optimizers_is_today_s() -> None:
+    assert f"<!-- optimizers -->\n{optimizer_table()}<!-- end -->" in README.read_text()
 
 
 def phases_table() -> str:
