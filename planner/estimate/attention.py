@@ -30,7 +30,10 @@ _DEFAULT_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
-    """`kernel` that runs; `masked`: a mask [b, 1, s, s] is passed; `repeated`: k and v for all heads."""
+    """`kernel` that runs; `masked`: a mask [b, 1, s, keys] is passed; `repeated`: k and v for all heads.
+
+    `keys` are the sequence's own and those of a prefix.
+    """
 
     kernel: Kernel
     b: int
@@ -38,12 +41,15 @@ class AttentionPlan:
     a: int
     k: int
     d: int
+    keys: int
     masked: bool = False
     repeated: bool = False
     dropout: float = 0.0
 
 
-def attention_plan(shape: Architecture, form: LayerForm, setup: Setup, element: int) -> AttentionPlan:
+def attention_plan(
+    shape: Architecture, form: LayerForm, setup: Setup, element: int, *, prefix: int = 0
+) -> AttentionPlan:
     """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
 
     `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence) rules out
@@ -51,7 +57,8 @@ def attention_plan(shape: Architecture, form: LayerForm, setup: Setup, element: 
     grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does.
     """
     training = setup.training
-    masked = form.sliding and shape.sliding_window is not None and training.seq_len > shape.sliding_window
+    masked = prefix > 0
+    masked |= form.sliding and shape.sliding_window is not None and training.seq_len > shape.sliding_window
     grouped = shape.num_key_value_heads < shape.num_attention_heads
     plan = partial(
         AttentionPlan,
@@ -60,6 +67,7 @@ def attention_plan(shape: Architecture, form: LayerForm, setup: Setup, element: 
         a=shape.num_attention_heads,
         k=shape.num_key_value_heads,
         d=shape.head_dim,
+        keys=training.seq_len + prefix,
         dropout=shape.attention_dropout,
     )
     if training.attention == "eager" or not shape.sdpa:
@@ -100,7 +108,11 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         ops.hold(*plain)
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
-    plan = attention_plan(shape, form, setup, v.element)
+    if ops.prefix:
+        k, v = (_behind_prefix(ops, t, shape) for t in (k, v))
+    plan = attention_plan(shape, form, setup, v.element, prefix=ops.prefix)
+    if ops.prefix:
+        _cached(ops, k, v, plan)
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
         k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
@@ -133,6 +145,30 @@ def _queries_keys_values(
     return q, k, v
 
 
+def _behind_prefix(ops: Operations, x: Tensor, shape: Architecture) -> Tensor:
+    """Keys or values of the trained prefix [b, k, n, d] and of the tokens, joined.
+
+    The prefix's gradient is a part of the whole gradient, which therefore waits until those of all layers are
+    there to be joined (peft_model.py, get_prompt; torch, cat_tensors_backward: narrow).
+    """
+    rows = ops.tokens // ops.seq_len * ops.prefix
+    prefix = Tensor(rows * shape.num_key_value_heads * shape.head_dim, x.element, True)
+    whole = block_bytes((prefix.numel + x.numel) * x.element)
+    return ops.op((prefix, x), prefix.numel + x.numel, x.element, weight_bytes=whole)
+
+
+def _cached(ops: Operations, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    """The cache holds keys and values, in the place of the prefix alone, to the end of the forward pass.
+
+    Some models hand it out with the logits, whatever `use_cache` says: then to the end of the step.
+    """
+    if ops.traits.returns_cache:
+        ops.nodes[-1].pinned = (k, v)
+    for tensor in (k, v):
+        held = tensor.size_bytes if plan.repeated and not ops.traits.returns_cache else 0
+        ops.copied_bytes += held - tensor.size_bytes * ops.prefix // plan.keys
+
+
 def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
 
@@ -157,7 +193,7 @@ def _cudnn(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     """
     kept: tuple[Tensor, ...] = (q, k, v, Tensor(plan.b * plan.a * plan.s, 4, False))
     if plan.masked:
-        kept = (*kept, Tensor(plan.b * plan.s**2, q.element, False))
+        kept = (*kept, Tensor(plan.b * plan.s * plan.keys, q.element, False))
     scratch = block_bytes(4 * plan.b * plan.a * plan.s * (1 + plan.d))
     return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
@@ -177,7 +213,7 @@ def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: Attention
     log_sum = Tensor(b * a * (-(-s // 32) * 32), 4, False)
     kept: tuple[Tensor, ...] = (q, k, v, log_sum)
     if plan.masked:
-        kept = (*kept, Tensor(b * s * (-(-s // 16) * 16), q.element, False))
+        kept = (*kept, Tensor(b * s * (-(-plan.keys // 16) * 16), q.element, False))
     return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
 
@@ -186,7 +222,7 @@ def _math(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
 
     16-bit q, k and v are converted first, k and v repeated for all heads (transformers/attention.cpp).
     """
-    n = plan.b * plan.a * plan.s**2
+    n = plan.b * plan.a * plan.s * plan.keys
     element = q.element
     q, k, v = (ops.cast(t, 4) for t in (q, k, v))
     if plan.k != plan.a and not plan.repeated:
@@ -215,7 +251,7 @@ def _eager(
     product of gradient and output (SoftMax.cu, softmax_backward_cuda_out). float16 is converted inside
     softmax (SoftMax.cpp, half to float); bfloat16 before it.
     """
-    n = plan.b * plan.a * plan.s**2
+    n = plan.b * plan.a * plan.s * plan.keys
     element = q.element
     if plan.b > 1:  # matmul folds b and a; heads that lie side by side in a token are copied for it
         cats = ops.traits.rotary_cats

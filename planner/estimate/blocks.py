@@ -14,22 +14,29 @@ from planner.estimate.tape import Tensor
 from planner.model import Architecture
 from planner.spec import Setup
 
-__all__ = ["embedded", "layer", "mlp"]
+__all__ = ["embedded", "layer", "mlp", "prefix_of"]
 
 def embedded(
-    ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool
+    ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool, prompts: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Token embeddings, and with positions, types, norm and dropout the first layer's input.
 
-    `inputs_need_grad`: the token embeddings' output is made to require gradients.
+    `inputs_need_grad`: the token embeddings' output is made to require gradients. Of a sample's positions the
+    first `prompts` are trained vectors (peft_model.py, PeftModelForCausalLM.forward).
     """
     tokens: Tensor | None = None
     x: Tensor | None = None
     for table in form.tables:
-        rows = _looked_up(ops, table, tied=form.head_table_trained and not table.position and x is None)
+        count = ops.seq_len if table.position else ops.tokens
+        if tokens is None:
+            count -= prompts * (ops.tokens // ops.seq_len)
+        tied = form.head_table_trained and not table.position and x is None
+        rows = _looked_up(ops, table, count, tied=tied)
         if tokens is None:
             tokens = rows
             rows.needs_grad = rows.needs_grad or inputs_need_grad
+            if prompts:
+                rows = _prompted(ops, rows, prompts, table.width)
         if table.width != shape.hidden_size:  # OPT-350m
             rows = ops.linear(rows, next(t for t in form.outer_linears if t.name == "project_in"))
         x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
@@ -42,12 +49,32 @@ def embedded(
     return tokens, ops.dropout(x, shape.embedding_dropout)
 
 
-def _looked_up(ops: Operations, table: TableForm, *, tied: bool) -> Tensor:
+def _prompted(ops: Operations, rows: Tensor, prompts: int, width: int) -> Tensor:
+    """Trained vectors [n, h] in the adapter's type, looked up for each sample, converted and joined to its tokens."""
+    count = prompts * (ops.tokens // ops.seq_len)
+    gradient = block_bytes(prompts * width * ops.recipe.adapter)
+    vectors = ops.op((), count * width, ops.recipe.adapter, weight_bytes=gradient)
+    converted = ops.cast(vectors, rows.element)
+    joined = ops.joined((converted, rows))
+    ops.hold(rows, converted)
+    return joined
+
+
+def prefix_of(ops: Operations, shape: Architecture) -> None:
+    """Keys and values of the prefix for all layers, looked up for each sample, converted, copied for the cache."""
+    width = 2 * shape.num_layers * shape.num_key_value_heads * shape.head_dim
+    rows = ops.tokens // ops.seq_len * ops.prefix
+    gradient = block_bytes(ops.prefix * width * ops.recipe.adapter)
+    vectors = ops.op((), rows * width, ops.recipe.adapter, weight_bytes=gradient)
+    cached = ops.op((ops.cast(vectors, ops.recipe.base),), rows * width, ops.recipe.base)
+    ops.copied_bytes += cached.size_bytes
+
+
+def _looked_up(ops: Operations, table: TableForm, tokens: int, *, tied: bool) -> Tensor:
     """Rows of an embedding table. Keeps nothing; a trained table's gradient is dense, [rows, width].
 
     `tied`: the head has made that gradient already, and this one lives until it is added.
     """
-    tokens = ops.seq_len if table.position else ops.tokens
     numel = tokens * table.width
     gradient = block_bytes(table.rows * table.width * ops.recipe.base) if table.trained else 0
     sorting = _sorted_sums_bytes(tokens, table)

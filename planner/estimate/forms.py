@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from planner.catalog.outputs import OUTPUTS, takes_adapter
 from planner.estimate.parameters import trained_tensors
+from planner.estimate.peft_form import Change, peft_form
 from planner.estimate.quantized import quantized_tensors
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
-from planner.spec import Adapter, LoRA, QLoRA, Setup
+from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
 from planner.targets import adapted_weights
 
 __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "model_form"]
@@ -21,7 +23,10 @@ __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "mod
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearForm:
-    """A linear layer and what the method does to it. `rank` 0: no LoRA; `bottleneck` 0: no adapter."""
+    """A linear layer and what the method does to it. `rank` 0: no LoRA; `bottleneck` 0: no adapter.
+
+    `scaled`: IA3 multiplies its "inputs" or "outputs".
+    """
 
     name: str
     inputs: int
@@ -31,6 +36,8 @@ class LinearForm:
     bias_trained: bool = False
     rank: int = 0
     lora_dropout: float = 0.0
+    dora: bool = False
+    scaled: Literal["", "inputs", "outputs"] = ""
     bottleneck: int = 0
     quantized: bool = False
 
@@ -97,9 +104,8 @@ class _Marks:
     """What the method does to which layer of which tensor: layers, or () where there is no layer."""
 
     trained: dict[str, tuple[int, ...]]
-    adapted: dict[str, tuple[int, ...]]
-    rank: int = 0
-    dropout: float = 0.0
+    adapted: dict[str, list[Change]] = field(default_factory=dict)
+    copies: bool = False  # whether modules are trained as copies, which unties them
     kind: str = ""
     bottleneck: Adapter | None = None
     outputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -110,11 +116,18 @@ class _Marks:
     def is_trained(self, name: str, layer: int | None) -> bool:
         return _covers(self.trained.get(name), layer)
 
+    def storage(self, tensor: WeightTensor) -> str:
+        """Name of the tensor that holds its numbers."""
+        return tensor.name if self.copies else tensor.tied_to or tensor.name
+
     def is_quantized(self, name: str, layer: int | None) -> bool:
         return _covers(self.quantized.get(name), layer)
 
-    def rank_of(self, module: str, layer: int | None) -> int:
-        return self.rank if _covers(self.adapted.get(module), layer) else 0
+    def change_of(self, weight: WeightTensor, layer: int | None) -> Change:
+        for change in self.adapted.get(weight.module, ()):
+            if _covers(change.weight.layers, layer):
+                return change
+        return Change(weight=weight)
 
     def bottleneck_behind(self, module: str) -> int:
         if self.bottleneck is None or not takes_adapter(module, self.kind, *self.outputs):
@@ -162,7 +175,8 @@ def _model_form(setup: Setup) -> ModelForm:
             if t.kind in ("linear", "conv1d") and t.leaf == "weight" and t is not head[-1]
         ),
         head=_linear(head[-1], None, marks),
-        head_table_trained=head[-1].tied_to is not None and marks.is_trained(head[-1].tied_to, None),
+        head_table_trained=marks.storage(head[-1]) != head[-1].name
+        and marks.is_trained(marks.storage(head[-1]), None),
     )
 
 
@@ -170,18 +184,27 @@ def _marks(setup: Setup, shape: Architecture) -> _Marks:
     model, method = setup.model, setup.method
     marks = _Marks(
         trained={t.name: t.layers for t in trained_tensors(setup) if not t.added},
-        adapted={},
         biased={t.module for t in model.tensors if t.leaf == "bias"},
         hidden_size=shape.hidden_size,
     )
-    if isinstance(method, LoRA):
-        marks.rank, marks.dropout = method.lora_rank, method.lora_dropout
-        marks.adapted = {t.module: t.layers for t in adapted_weights(model, method.target_modules)}
+    changes: Iterable[Change] = ()
+    if isinstance(method, PeftConfig):
+        form = peft_form(model, method)
+        assert form is not None  # the caller asks for methods with formulas only
+        changes = form.changes
+        marks.copies = bool(form.saved)
+        marks.trained |= {t.name: t.layers for t in form.saved}
+    elif isinstance(method, LoRA):
+        rank, dropout = method.lora_rank, method.lora_dropout
+        weights = adapted_weights(model, method.target_modules)
+        changes = [Change(weight=t, rank=rank, dropout=dropout) for t in weights]
         if isinstance(method, QLoRA):
             marks.quantized = {t.name: t.layers for t in quantized_tensors(model)}
     elif isinstance(method, Adapter):
         marks.bottleneck, marks.kind = method, method.adapter_kind
         marks.outputs = OUTPUTS.get(shape.family, ((shape.attention_output,), (shape.mlp_output,)))
+    for change in changes:
+        marks.adapted.setdefault(change.weight.module, []).append(change)
     return marks
 
 
@@ -231,16 +254,18 @@ def _ending(tensors: Iterable[WeightTensor], suffix: str) -> WeightTensor | None
 
 
 def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearForm:
-    rank = marks.rank_of(tensor.module, layer)
+    change = marks.change_of(tensor, layer)
     return LinearForm(
         name=tensor.module.rpartition(".")[2],
         inputs=tensor.in_features,
         outputs=tensor.out_features,
         bias=tensor.module in marks.biased,
-        weight_trained=marks.is_trained(tensor.tied_to or tensor.name, layer),
+        weight_trained=marks.is_trained(marks.storage(tensor), layer),
         bias_trained=marks.is_trained(tensor.module + ".bias", layer),
-        rank=rank,
-        lora_dropout=marks.dropout if rank else 0.0,
+        rank=change.rank,
+        lora_dropout=change.dropout,
+        dora=change.dora,
+        scaled=change.scaled,
         bottleneck=marks.bottleneck_behind(tensor.module),
         quantized=marks.is_quantized(tensor.name, layer),
     )
@@ -251,7 +276,7 @@ def _table(tensor: WeightTensor, marks: _Marks) -> TableForm:
         rows=tensor.in_features,
         width=tensor.out_features,
         trained=marks.is_trained(tensor.name, None),
-        rank=marks.rank_of(tensor.module, None),
+        rank=marks.change_of(tensor, None).rank,
         position=tensor.role == "position",
     )
 

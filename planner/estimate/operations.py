@@ -7,6 +7,7 @@ follows torch 2.13, tools/autograd/derivatives.yaml; what runs follows transform
 from __future__ import annotations
 
 from planner.estimate.forms import LinearForm, NormForm
+from planner.estimate.peft_operations import dora, scaled_by_vector
 from planner.estimate.quantized_linear import quantized_product
 from planner.estimate.recipes import Recipe
 from planner.estimate.resident import block_bytes
@@ -18,12 +19,15 @@ __all__ = ["Operations"]
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("copied_bytes", "recipe", "seq_len", "tokens", "traits")
+    __slots__ = ("copied_bytes", "prefix", "recipe", "seq_len", "tokens", "traits")
 
-    def __init__(self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits) -> None:
-        """`traits` are the family's."""
+    def __init__(
+        self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits, *, prefix: int = 0
+    ) -> None:
+        """`traits` are the family's; `prefix` is the number of trained keys before a sample's."""
         super().__init__()
-        self.copied_bytes = 0  # 16-bit copies of trained weights, which autocast holds to the forward's end
+        self.copied_bytes = 0  # held to the end of the forward pass: what autocast or a cache keeps
+        self.prefix = prefix
         self.tokens = tokens
         self.seq_len = seq_len
         self.recipe = recipe
@@ -59,9 +63,13 @@ class Operations(Tape):
         x is kept where W is trained, never where it is frozen. Under autocast x and W are cast; the cast
         W is kept where x needs a gradient (aten/src/ATen/autocast_mode.cpp).
         """
+        if form.scaled == "inputs":  # IA3 on a feed-forward layer: ia3/layer.py, `Linear.forward`
+            x = scaled_by_vector(self, self.cast(x, self.recipe.adapter), x.element)
         out = quantized_product(self, x, form) if form.quantized else self._product_with_weight(x, form)
         if form.rank:
-            out = self._lora(x, out, form)
+            out = dora(self, x, out, form) if form.dora else self._lora(x, out, form)
+        if form.scaled == "outputs":
+            out = scaled_by_vector(self, out, out.element)
         if form.bottleneck:
             out = self.bottleneck(out, form.outputs, form.bottleneck)
         return out
@@ -106,13 +114,13 @@ class Operations(Tape):
         A's output [T, r] for B's. Over a quantized layer autocast casts x itself (tuners/lora/bnb.py).
         """
         single = x if form.quantized and self.recipe.autocast else self.cast(x, self.recipe.adapter)
-        down = self._trained(self.dropout(single, form.lora_dropout), form.inputs, form.rank)
-        up = self._trained(down, form.rank, form.outputs)
+        down = self.trained(self.dropout(single, form.lora_dropout), form.inputs, form.rank)
+        up = self.trained(down, form.rank, form.outputs)
         out = self.cast(self.add(result, self.scaled(up)), result.element)
         self.hold(x, single)
         return out
 
-    def _trained(self, x: Tensor, inputs: int, outputs: int, *, bias: bool = False) -> Tensor:
+    def trained(self, x: Tensor, inputs: int, outputs: int, *, bias: bool = False) -> Tensor:
         """A trained layer that a method brought along, in the adapter's type."""
         element = self.recipe.adapter
         biases = block_bytes(outputs * element) if bias else 0
@@ -123,7 +131,7 @@ class Operations(Tape):
         element = self.recipe.adapter
         tokens = rows.numel // width
         down = self.op((), tokens * rank, element, weight_bytes=block_bytes(count * rank * element))
-        up = self._trained(down, rank, width)
+        up = self.trained(down, rank, width)
         return self.cast(self.add(rows, self.scaled(up)), rows.element)
 
     def bottleneck(self, x: Tensor, width: int, size: int) -> Tensor:
@@ -131,9 +139,9 @@ class Operations(Tape):
 
         Keeps x in the adapter's type [T, h] and relu's output [T, m] once: relu and `up` share it.
         """
-        down = self._trained(self.cast(x, self.recipe.adapter), width, size, bias=True)
+        down = self.trained(self.cast(x, self.recipe.adapter), width, size, bias=True)
         inner = self.op((down,), down.numel, down.element, keeps_output=True)
-        up = self._trained(inner, size, width, bias=True)
+        up = self.trained(inner, size, width, bias=True)
         return self.cast(self.add(x, up), x.element)
 
     def norm(self, x: Tensor, form: NormForm, kind: str) -> Tensor:
@@ -152,7 +160,7 @@ class Operations(Tape):
         single = x if x.element == 4 else self.op((x,), x.numel, 4)
         inverse = Tensor(rows, 4, False)
         squares = block_bytes(x.numel * 4)
-        kept: tuple[Tensor, ...] = (single, inverse)
+        kept: tuple[Tensor, ...] = (single, inverse) if x.needs_grad else ()
         gradients = 0
         if form.weight_trained:
             element = 4 if self.traits.rms_weight_in_fp32 else x.element

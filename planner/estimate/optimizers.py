@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from planner.estimate.parameters import TrainedTensor, trained_tensors
+from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
 from planner.estimate.rounding import block_bytes, packed_bytes
 from planner.optimizers import EIGHT_BIT, Optimizer
@@ -105,7 +106,9 @@ def saved_state_bytes(setup: Setup) -> int | None:
 
     Excludes what torch.save adds: names and groups, some hundred bytes for each tensor.
     """
-    if not states_are_known(setup) or isinstance(setup.method, PeftConfig):
+    if not states_are_known(setup):
+        return None
+    if isinstance(setup.method, PeftConfig) and peft_form(setup.model, setup.method) is None:
         return None
     recipe = recipe_of(setup)
     trained = trained_tensors(setup)

@@ -1,47 +1,23 @@
 """Exact numbers of parameters for each method, and the tensors that are trained.
 
-Letters: `h` hidden size, `m` bottleneck, `r` rank.
+Letters: `h` hidden size, `m` bottleneck, `r` rank, `l` layers, `k` key-value heads, `d` head width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from planner.catalog.outputs import OUTPUTS, takes_adapter
-from planner.estimate.recipes import recipe_of
+from planner.estimate.peft_form import PeftForm, peft_form
+from planner.estimate.recipes import Recipe, recipe_of
+from planner.estimate.trained import TrainedTensor, of_the_base
 from planner.model import Model, WeightTensor
 from planner.report import Parameters
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, Setup
-from planner.targets import LoRATarget, bias_tensors, lora_targets, module_matches
+from planner.targets import bias_tensors, lora_targets, module_matches
 
 __all__ = ["TrainedTensor", "adapter_counts", "parameters", "trained_tensors"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedTensor:
-    """`count` trained tensors of one shape; `added` where the method brought them along.
-
-    `name` is the base model's parameter, or the module an added tensor sits on and its own name.
-    `element_bytes` is a weight's and its gradient's. `layers` as in WeightTensor.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    element_bytes: int
-    added: bool
-    layers: tuple[int, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        """Elements of one tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def count(self) -> int:
-        """How many tensors this entry stands for."""
-        return len(self.layers) or 1
 
 
 def parameters(setup: Setup) -> Parameters:
@@ -64,8 +40,8 @@ def parameters(setup: Setup) -> Parameters:
 def trained_tensors(setup: Setup) -> tuple[TrainedTensor, ...]:
     """Every trained tensor, in the order of the model's parameters; () for a bare parameter count.
 
-    A method known by its size alone (PeftOfSize) is one tensor of that size; one that only peft knows
-    (PeftConfig) has no tensors here.
+    A method known by its size alone (PeftOfSize) is one tensor of that size; a PeftConfig without a form
+    has no tensors here.
     """
     recipe = recipe_of(setup)
     method = setup.method
@@ -74,21 +50,15 @@ def trained_tensors(setup: Setup) -> tuple[TrainedTensor, ...]:
         return (TrainedTensor(name="peft", shape=shape, element_bytes=recipe.adapter, added=True),)
     if isinstance(method, FullFineTuning):
         base = [t for t in setup.model.tensors if not t.tied_to]
-        return tuple(_of_the_base(base, recipe.base))
+        return tuple(of_the_base(base, recipe.base))
     if isinstance(method, BitFit):
-        return tuple(_of_the_base(bias_tensors(setup.model), recipe.base))
+        return tuple(of_the_base(bias_tensors(setup.model), recipe.base))
     if isinstance(method, LoRA):
         return tuple(_lora(setup.model, method, recipe.base, recipe.adapter))
     if isinstance(method, PeftConfig):
-        return ()
+        form = peft_form(setup.model, method)
+        return tuple(_of_peft(setup.model, form, recipe)) if form else ()
     return tuple(_bottlenecks(setup.model, method, recipe.adapter))
-
-
-def _of_the_base(tensors: Iterable[WeightTensor], element_bytes: int) -> Iterator[TrainedTensor]:
-    for t in tensors:
-        yield TrainedTensor(
-            name=t.name, shape=t.shape, element_bytes=element_bytes, added=False, layers=t.layers
-        )
 
 
 def _lora(model: Model, method: LoRA, base_bytes: int, adapter_bytes: int) -> Iterator[TrainedTensor]:
@@ -106,27 +76,62 @@ def _lora(model: Model, method: LoRA, base_bytes: int, adapter_bytes: int) -> It
                 added=True,
                 layers=weight.layers,
             )
-    yield from _of_the_base(_lora_biases(model, method, targets), base_bytes)
+    weights = [target.weight for target in targets]
+    yield from of_the_base(_lora_biases(model, method.lora_bias, weights), base_bytes)
 
 
-def _lora_biases(model: Model, method: LoRA, targets: tuple[LoRATarget, ...]) -> list[WeightTensor]:
+def _lora_biases(model: Model, bias: str, weights: Iterable[WeightTensor]) -> list[WeightTensor]:
     """Biases trained beside LoRA: peft/tuners/tuners_utils.py, `_mark_only_adapters_as_trainable`.
 
     `all`: every parameter whose last name part is "bias"; `lora_only`: those of the adapted modules.
     """
-    if method.lora_bias == "all":
+    if bias == "all":
         return list(bias_tensors(model))
-    if method.lora_bias == "none":
+    if bias == "none":
         return []
     adapted: dict[str, set[int]] = {}
-    for target in targets:
-        adapted.setdefault(target.weight.module, set()).update(target.weight.layers)
+    for weight in weights:
+        adapted.setdefault(weight.module, set()).update(weight.layers)
     found = []
     for t in model.tensors:
         layers = tuple(layer for layer in t.layers if layer in adapted.get(t.module, ()))
         if t.leaf == "bias" and t.module in adapted and (layers or not t.layers):
             found.append(replace(t, layers=layers))
     return found
+
+
+def _of_peft(model: Model, form: PeftForm, recipe: Recipe) -> Iterator[TrainedTensor]:
+    """LoRA's A, B and DoRA's magnitude [out] (lora/layer.py, dora.py), IA3's vectors (ia3/layer.py), prompts
+    [n, h] (prompt_tuning/model.py), the prefix [n, 2 l k d] (prefix_tuning/model.py), and copies of modules.
+    """
+    shape = model.architecture
+    assert shape is not None  # else there is no form
+    added: list[tuple[WeightTensor | None, str, tuple[int, ...]]] = []
+    for change in form.changes:
+        weight = change.weight
+        inputs, outputs = weight.in_features, weight.out_features
+        if change.scaled:
+            wide = (1, inputs) if change.scaled == "inputs" else (outputs, 1)
+            added.append((weight, "ia3_l", wide))
+            continue
+        kind = "lora_embedding_" if weight.kind == "embedding" else "lora_"
+        added.append((weight, kind + "A", (change.rank, inputs)))
+        added.append((weight, kind + "B", (outputs, change.rank)))
+        if change.dora:
+            added.append((weight, "lora_magnitude_vector", (outputs,)))
+    if form.kind == "prompt_tuning":
+        added.append((None, "embedding", (form.virtual_tokens, shape.hidden_size)))
+    elif form.kind == "prefix_tuning":
+        width = 2 * shape.num_layers * shape.num_key_value_heads * shape.head_dim
+        added.append((None, "embedding", (form.virtual_tokens, width)))
+    for weight_, leaf, size in added:
+        name = f"{weight_.module}.{leaf}" if weight_ else f"prompt_encoder.{leaf}"
+        layers = weight_.layers if weight_ else ()
+        yield TrainedTensor(name=name, shape=size, element_bytes=recipe.adapter, added=True, layers=layers)
+    for copied in of_the_base(form.saved, recipe.base):
+        yield replace(copied, added=True)
+    adapted = [change.weight for change in form.changes]
+    yield from of_the_base(_lora_biases(model, form.bias, adapted), recipe.base)
 
 
 def adapter_counts(model: Model, method: Adapter) -> tuple[int, int]:

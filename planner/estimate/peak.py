@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from planner.estimate.forms import model_form
 from planner.estimate.optimizers import states_are_known
 from planner.estimate.rank_report import one_gpu
+from planner.estimate.peft_form import peft_form
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
 from planner.estimate.stack import Stack, has_formulas, stack
@@ -254,7 +255,7 @@ def _not_known(setup: Setup) -> tuple[str, ...]:
         return ("optimizer_states", *_UNKNOWN, *(("workspace",) if setup.model.is_bare else ()))
     if setup.model.is_bare:
         return (*_UNKNOWN, "workspace")
-    if isinstance(setup.method, PeftConfig):
+    if isinstance(setup.method, PeftConfig) and peft_form(setup.model, setup.method) is None:
         return _UNKNOWN_TO_PEFT_CONFIG
     return () if has_formulas(setup) else _UNKNOWN
 
@@ -271,7 +272,7 @@ def _not_known_notes(setup: Setup) -> tuple[str, ...]:
         )
     if setup.model.is_bare:
         return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
-    if isinstance(setup.method, PeftConfig):
+    if isinstance(setup.method, PeftConfig) and peft_form(setup.model, setup.method) is None:
         return ("What this peft method trains has no formula; run simulate for the whole peak.",)
     if not has_formulas(setup):
         return (f"Activations of {setup.model.id} have no formula yet; run simulate for the whole peak.",)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from planner.estimate.gathered_step import Alive
 from planner.estimate.parameters import parameters
+from planner.estimate.peft_form import peft_form
 from planner.report import MemoryReport, Parts, Phase
 from planner.spec import PeftConfig, Setup
 from planner.version import __version__
@@ -119,6 +120,6 @@ def one_gpu(setup: Setup) -> Setup:
 
 def not_known(setup: Setup) -> tuple[str, ...]:
     """The parts without a formula."""
-    if isinstance(setup.method, PeftConfig):
+    if isinstance(setup.method, PeftConfig) and peft_form(setup.model, setup.method) is None:
         return ("adapter_weights", "gradients", "optimizer_states", *UNKNOWN)
     return UNKNOWN

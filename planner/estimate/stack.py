@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 
-from planner.estimate.blocks import embedded, layer
+from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.loss import LossMemory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
+from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import block_bytes, packed_bytes
 from planner.estimate.tape import Moment, Tensor
@@ -69,9 +71,32 @@ def has_formulas(setup: Setup) -> bool:
     shape = setup.model.architecture
     return (
         shape is not None
-        and not isinstance(setup.method, PeftConfig | PeftOfSize)
         and shape.family in TRAITS
+        and not isinstance(setup.method, PeftOfSize)
+        and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
     )
+
+
+def _has_form(setup: Setup, method: PeftConfig) -> bool:
+    """Not where ranks share the weights, nor a prefix with checkpoints, which peft refuses."""
+    form = peft_form(setup.model, method)
+    if form is None or setup.sharding.shard_ranks > 1:
+        return False
+    return form.kind != "prefix_tuning" or not setup.training.activation_checkpointing
+
+
+def _virtual_tokens(setup: Setup, kind: str) -> int:
+    """How many a method of this kind puts before a sample's tokens, 0 for others."""
+    form = peft_form(setup.model, setup.method) if isinstance(setup.method, PeftConfig) else None
+    return form.virtual_tokens if form is not None and form.kind == kind else 0
+
+
+def _lengthened(setup: Setup, tokens: int) -> Setup:
+    """The same run over longer samples; nothing is checked again."""
+    longer = copy(setup)
+    training = replace(setup.training, seq_len=setup.training.seq_len + tokens)
+    object.__setattr__(longer, "training", training)
+    return longer
 
 
 def stack(setup: Setup, *, accumulates: bool) -> Stack:
@@ -79,12 +104,18 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     shape = setup.model.architecture
     assert shape is not None  # the caller asks for closed-form families only
     form = model_form(setup)
+    inputs_bytes = 2 * block_bytes(8 * setup.training.micro_batch_size * setup.training.seq_len)
+    prompts = _virtual_tokens(setup, "prompt_tuning")
+    if prompts:
+        setup = _lengthened(setup, prompts)
     # With checkpointing the token embeddings' output is made to require gradients: transformers 5.23,
     # modeling_utils.py, `activation_checkpointing_enable`. Where they are frozen it is a leaf of the graph.
     training = setup.training
     hooked = training.activation_checkpointing and not form.tables[0].trained
     ops = _operations(setup, shape)
-    rows, x = embedded(ops, form, shape, inputs_need_grad=hooked)
+    if ops.prefix:
+        prefix_of(ops, shape)
+    rows, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
     leaf_is_input = rows is x
     stretches = [_stretch(ops, None, x, accumulates=accumulates)]
     walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
@@ -107,9 +138,9 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     return Stack(
         stretches=tuple(stretches),
         loss=loss,
-        inputs_bytes=2 * block_bytes(8 * training.micro_batch_size * training.seq_len),
+        inputs_bytes=inputs_bytes,
         tables_bytes=_tables_bytes(shape, training.seq_len, recipe_of(setup).base),
-        masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base),
+        masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base, ops.prefix),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
@@ -119,7 +150,8 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
 def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
     tokens = training.micro_batch_size * training.seq_len
-    return Operations(tokens, training.seq_len, recipe_of(setup), TRAITS[shape.family])
+    prefix = _virtual_tokens(setup, "prefix_tuning")
+    return Operations(tokens, training.seq_len, recipe_of(setup), TRAITS[shape.family], prefix=prefix)
 
 
 def _input(x: Tensor) -> Tensor:
@@ -134,17 +166,19 @@ def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:
     return 2 * block_bytes(seq_len * (shape.rotary_dim or shape.head_dim) * element)
 
 
-def _masks_bytes(shape: Architecture, training: Training, element: int) -> int:
+def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: int) -> int:
     """Masks [b, 1, s, s], one for each kind of layer; transformers 5.23, masking_utils.py.
 
     Eager attention always has them, in the embeddings' type. Fused attention has one of bools where a
-    sliding window is shorter than the sequence.
+    sliding window is shorter than the sequence, or keys of a prefix come first.
     """
     b, s = training.micro_batch_size, training.seq_len
     sliding = len(shape.sliding_layers)
     if training.attention == "eager" or not shape.sdpa:
         kinds = (sliding > 0) + (sliding < shape.num_layers)
-        return kinds * block_bytes(b * s * s * element)
+        return kinds * block_bytes(b * s * (s + prefix) * element)
+    if prefix:
+        return block_bytes(b * s * (s + prefix))
     if shape.sliding_window is not None and sliding and s > shape.sliding_window:
         return block_bytes(b * s * s)
     return 0
@@ -216,7 +250,7 @@ def _stretch(
         forward_peak_bytes=forward_peak,
         backward=moment,
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
-        copied_bytes=ops.copied_bytes if checkpointed else 0,
+        copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
         pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
     )
 

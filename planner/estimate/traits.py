@@ -32,10 +32,11 @@ class Traits:
     scaled_logits: bool = False
     masked_head: bool = False  # a dense layer, gelu and a norm before the decoder
     loss_in_own_type: bool = False  # CrossEntropyLoss on the logits as they are, no fp32 copy
+    returns_cache: bool = True  # the output holds a cache that was given, though `use_cache` is off
 
 
 _BERT = Traits(softmax_in_own_type=True, normed_embeddings=True, masked_head=True, loss_in_own_type=True)
-_GEMMA = Traits(rms_weight_in_fp32=True)
+_GEMMA = Traits(rms_weight_in_fp32=True, returns_cache=False)
 
 TRAITS: dict[str, Traits] = {
     "bert": _BERT,
@@ -50,22 +51,22 @@ TRAITS: dict[str, Traits] = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gpt2": Traits(softmax_in_own_type=True),
+    "gpt2": Traits(softmax_in_own_type=True, returns_cache=False),
     "gpt_neox": Traits(rotary_cats=True),
     "granite": Traits(scaled_residual=True, scaled_logits=True),
     "llama": Traits(),
-    "mistral": Traits(),
+    "mistral": Traits(returns_cache=False),
     "mixtral": Traits(),
     "olmo": Traits(layernorm_in_fp32=True),
     "olmo2": Traits(rms_weight_in_fp32=True),
     "opt": Traits(scaled_queries=True),
     "phi": Traits(rotary_cats=True),
-    "phi3": Traits(rotary_cats=True, fused_qkv="slices"),
-    "qwen2": Traits(),
-    "qwen3": Traits(),
+    "phi3": Traits(rotary_cats=True, fused_qkv="slices", returns_cache=False),
+    "qwen2": Traits(returns_cache=False),
+    "qwen3": Traits(returns_cache=False),
     "qwen3_moe": Traits(),
     "roberta": _BERT,
-    "smollm3": Traits(rope_skips_every=4),
+    "smollm3": Traits(rope_skips_every=4, returns_cache=False),
     "stablelm": Traits(rotary_cats=True),
-    "starcoder2": Traits(),
+    "starcoder2": Traits(returns_cache=False),
 }

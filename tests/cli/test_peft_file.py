@@ -119,7 +119,7 @@ def test_the_command_takes_it(answer: Any, written: Any) -> None:
 
 
 def test_the_estimate_says_what_only_a_simulation_knows(answer: Any, written: Any) -> None:
-    found = answer("estimate", "--model", "gpt2", "--method", written({"peft_type": "IA3"}))
+    found = answer("estimate", "--model", "gpt2", "--method", written({"peft_type": "VERA"}))
     assert {"activations", "adapter_weights", "optimizer_states"} <= set(found["not_known"])
 
 

@@ -7,6 +7,7 @@ Phases of the second step are held to 3 %.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from planner.estimate import estimate
 from planner.optimizers import EIGHT_BIT
 from planner.report import PARTS, MemoryReport
 from planner.simulate import simulate
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, QLoRA, Setup, Training
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA, Setup, Training
 
 from .shapes import shortened
 
@@ -30,6 +31,32 @@ BITFIT = BitFit()
 NF4 = QLoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05)
 NF4_DOUBLE = QLoRA(lora_rank=8, quantization="nf4-double")
 INT8 = QLoRA(lora_rank=8, quantization="int8", target_modules=("all-linear",))
+
+
+
+def peft(kind: str, **values: Any) -> PeftConfig:
+    """A method by its adapter_config.json."""
+    return PeftConfig(peft_config_json=json.dumps({"peft_type": kind, **values}))
+
+
+def dora(*targets: str, **values: Any) -> PeftConfig:
+    """DoRA of rank 16."""
+    return peft("LORA", use_dora=True, r=16, target_modules=targets, **values)
+
+
+IA3, LN = peft("IA3"), peft("LN_TUNING")
+PROMPT, PREFIX = (peft(kind, num_virtual_tokens=20) for kind in ("PROMPT_TUNING", "PREFIX_TUNING"))
+LAYERED = peft(
+    "LORA",
+    r=16,
+    target_modules=["q_proj", "v_proj", "down_proj"],
+    use_rslora=True,
+    rank_pattern={r"layers\.1\..*q_proj": 4, "down_proj": 2},
+    alpha_pattern={"down_proj": 8},
+    layers_to_transform=[1, 2],
+    bias="all",
+)
+SAVED = peft("LORA", target_modules=r".*\.(q|v)_proj", modules_to_save=["embed_tokens", "lm_head"])
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 QWEN2 = "Qwen/Qwen2.5-0.5B"
@@ -210,6 +237,38 @@ CASES: list[Case] = [
     (LLAMA, NF4_DOUBLE, {"micro_batch_size": 2, "seq_len": 1024, "attention": "eager"}),
     (LLAMA, INT8, {"seq_len": 1024, "attention": "efficient", "precision": "fp16-mixed"}),
     (MIXTRAL, NF4_DOUBLE, {"micro_batch_size": 2, "seq_len": 512, "optimizer": "sgd"}),
+    # peft's further methods
+    *[(model, IA3, {"micro_batch_size": 4, "seq_len": 512}) for model in (LLAMA, GPT2, BERT, GEMMA2, PHI)],
+    *[
+        (model, IA3, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True})
+        for model in (QWEN3, NEOX, MIXTRAL)
+    ],
+    *[(model, LN, {"micro_batch_size": 4, "seq_len": 512}) for model in (LLAMA, GPT2, GEMMA3)],
+    (MISTRAL, LN, {"micro_batch_size": 4, "seq_len": 512, "precision": "bf16-mixed"}),
+    (QWEN2, LN, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True}),
+    *[(model, PROMPT, {"micro_batch_size": 4, "seq_len": 512}) for model in (LLAMA, GEMMA3, OPT, BLOOM)],
+    *[
+        (model, PROMPT, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True})
+        for model in (QWEN3, GPT2)
+    ],
+    *[(model, PREFIX, {"micro_batch_size": 4, "seq_len": 512}) for model in (LLAMA, QWEN3, GPT2, NEOX, PHI3)],
+    (LLAMA, PREFIX, {"micro_batch_size": 2, "seq_len": 1024, "attention": "eager"}),
+    (LLAMA, dora("q_proj", "v_proj"), {"micro_batch_size": 4, "seq_len": 512}),
+    (QWEN2, dora("q_proj", "v_proj", "down_proj"), {"micro_batch_size": 2, "seq_len": 512}),
+    (GPT2, dora("c_attn", "mlp.c_proj"), {"micro_batch_size": 4, "seq_len": 512}),
+    (GRANITE, dora("q_proj", "down_proj"), {"micro_batch_size": 1, "seq_len": 256, "optimizer": "sgd"}),
+    (
+        QWEN3,
+        dora("q_proj", "v_proj", lora_dropout=0.1),
+        {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True},
+    ),
+    (
+        MISTRAL,
+        dora("q_proj", "down_proj", lora_dropout=0.1),
+        {"micro_batch_size": 2, "seq_len": 512, "precision": "bf16-mixed"},
+    ),
+    (LLAMA, LAYERED, {"micro_batch_size": 4, "seq_len": 512}),
+    (QWEN2, SAVED, {"micro_batch_size": 2, "seq_len": 256}),
 ]
 
 
@@ -217,6 +276,8 @@ def _label(case: Case) -> str:
     model, method, training = case
     values = [str(value) for value in training.values()]
     name = getattr(method, "quantization", method.name)
+    if isinstance(method, PeftConfig):
+        name = "DoRA" if method.values.get("use_dora") else method.values["peft_type"]
     return " ".join([model.rpartition("/")[2], name, *values])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import pytest
 
@@ -45,8 +47,25 @@ def test_a_method_known_by_its_size_has_weights_gradients_and_states() -> None:
     assert "activations" in report.not_known
 
 
-def test_a_peft_configuration_is_known_to_the_simulation_alone() -> None:
-    method = PeftConfig(peft_config_json='{"peft_type": "IA3"}')
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "VERA"},
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 3]]},
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "some_option_of_tomorrow": 1},
+        {"peft_type": "LORA", "target_modules": ["no_such_layer"]},
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
+        {"peft_type": "LN_TUNING", "target_modules": ["q_proj"]},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "prefix_projection": True},
+        {"peft_type": "PROMPT_TUNING"},
+    ],
+    ids=str,
+)
+def test_what_a_peft_configuration_asks_beyond_the_formulas_is_left_to_the_simulation(
+    config: dict[str, Any],
+) -> None:
+    method = PeftConfig(peft_config_json=json.dumps(config))
     report = estimate(Setup(model=MODEL, method=method))
     assert {"adapter_weights", "gradients", "optimizer_states", "activations"} <= set(report.not_known)
     _named(report)
