@@ -18,7 +18,8 @@ from typing import Any
 
 from planner.errors import DeviceError
 from planner.measure.child import import_libraries, serve, started
-from planner.measure.device import refusal
+from planner.measure.device import failure, refusal
+from planner.measure.nvml import driver_version
 from planner.measure.ranks import ADDRESS, KEY
 
 __all__ = ["main"]
@@ -44,7 +45,7 @@ def main() -> int:
 
     emit = partial(_emit, connection)
     emit("started", **started(torch))
-    reason = None if on_cpu else refusal(torch)
+    reason = None if on_cpu else refusal(torch) or _no_gpu(torch)
     if on_cpu:  # FSDP2 asks for an accelerator's stream where a unit was gathered ahead in vain
         setattr(torch.accelerator, "current_stream", torch.cpu.current_stream)  # noqa: B010 - another type
     if reason:
@@ -59,6 +60,13 @@ def main() -> int:
             emit("end")
             over.wait()  # destroying a group that others still use would end them
     return 0
+
+
+def _no_gpu(torch: Any) -> str | None:
+    """Why this rank finds no GPU, asked without a CUDA context; None where it finds one."""
+    if torch.cuda.device_count():
+        return None
+    return failure("no NVIDIA driver" if driver_version() is None else "no CUDA GPUs", torch)
 
 
 def _own_gpu(local_rank: int) -> str:

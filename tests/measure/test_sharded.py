@@ -78,7 +78,7 @@ def test_without_a_gpu_every_rank_says_why(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == DeviceError.exit_code
     assert done.stderr.count("\n") == 1
-    assert "CUDA" in done.stderr
+    assert "no CUDA" in done.stderr or "no NVIDIA driver" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +218,7 @@ def test_ranks_that_could_not_go_on_have_no_record(made_up: dict[int, Events]) -
 
 
 def test_a_rank_alone_needs_a_gpu_too() -> None:
-    with pytest.raises(DeviceError, match="CUDA"):
+    with pytest.raises(DeviceError, match=r"no CUDA|no NVIDIA driver"):
         record_of(SHARDS, alone=1, time_limit_s=120)
 
 
