@@ -41,7 +41,7 @@ def check_optimizer(training: Training) -> None:
 def paged_note(paged_bytes: int) -> str:
     """What a report says of states in paged memory."""
     return (
-        f"{gib(paged_bytes)} of optimizer states are paged by bitsandbytes: managed memory that moves "
-        "between the GPU and the host. torch does not count it, so no number here holds it; the host must "
-        "have room for it."
+        f"{gib(paged_bytes)} of optimizer states ({paged_bytes:,} bytes) are paged by bitsandbytes: managed "
+        "memory that moves between the GPU and the host. torch does not count it, so no number here holds "
+        "it; the host must have room for it."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -77,6 +78,10 @@ class AsCuda(TorchFunctionMode):
                 return engine(*args, **kwargs)
 
         with ExitStack() as stack:
+            if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:  # 8-bit optimizers' codes
+                codes = bitsandbytes.functional
+                form = self._hosted(codes.create_dynamic_map)
+                stack.enter_context(mock.patch.object(codes, "create_dynamic_map", form))
             for owner, name, form in (
                 (torch.autograd, "_engine_run_backward", with_mode),
                 (DataLoader, "__iter__", self._hosted(DataLoader.__iter__)),

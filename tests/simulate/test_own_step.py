@@ -122,6 +122,27 @@ def test_a_script_for_cuda_runs_unchanged() -> None:
     assert [phase.name for phase in report.phases[1:7]] == ["forward", "backward", "optimizer_step"] * 2
 
 
+@pytest.mark.parametrize("name, states", [("AdamW8bit", 2), ("PagedAdamW8bit", 2), ("Lion8bit", 1)])
+def test_optimizers_of_bitsandbytes_run_in_a_step_of_one_s_own(name: str, states: int) -> None:
+    """Their codes are made on the host and brought to the device with the first 8-bit tensor."""
+    optimizers = pytest.importorskip("bitsandbytes").optim
+
+    def build() -> Any:
+        model = nn.Linear(512, 512, device="cuda")
+        return model, getattr(optimizers, name)(model.parameters())
+
+    def step(state: Any) -> None:
+        state[0](torch.ones(8, 512)).sum().backward()
+        state[1].step()
+        state[1].zero_grad()
+
+    report = simulate_step(build, step)
+    weight, absmax, bias, codes = 512 * 512, 4 * 512 * 512 // 256, 4 * 512, 1024
+    paged = weight if name.startswith("Paged") else 0
+    assert report.parts.optimizer_states == states * (weight - paged + absmax + bias + codes)
+    assert report.provenance.get("paged_bytes", 0) == states * paged
+
+
 def test_step_counters_stay_on_the_cpu_and_fused_ones_do_not() -> None:
     def run(fused: bool) -> MemoryReport:
         def build() -> Any:
