@@ -14,7 +14,7 @@ from planner.model import Model
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA
 from planner.training.peft_config import PEFT_TASKS, with_peft_config
 
-__all__ = ["attached", "move_rest"]
+__all__ = ["attached", "move_trained"]
 
 
 def attached(
@@ -45,16 +45,14 @@ def attached(
     )
 
 
-def move_rest(net: nn.Module, device: torch.device) -> None:
-    """Bring what peft has made elsewhere to `device`, in place, as the `model.to(device)` of HF Trainer does.
+def move_trained(net: nn.Module, device: torch.device) -> None:
+    """Bring trained parameters that peft has made elsewhere (TinyLoRA's vectors) to `device`, in place.
 
-    Trained parameters (TinyLoRA's vectors) and buffers (BOFT's permutations, FRoD's projections).
+    Buffers stay where peft leaves them: BOFT's permutations and FRoD's projections in the host's memory, from
+    where each forward pass copies them. A later `model.to(device)`, as HF Trainer calls it, would bring them.
     """
     moved: dict[int, nn.Parameter] = {}
     for module in net.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != device.type:
-                module._buffers[name] = buffer.to(device)
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or parameter.device.type == device.type:
                 continue

@@ -12,7 +12,7 @@ from torch import nn
 
 from planner.errors import SetupError
 from planner.spec import QLoRA, Setup
-from planner.training.attach import attached, move_rest
+from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
 from planner.training.build import loaded, skeleton
 from planner.training.optimizers import optimizer_for, require_library
@@ -103,7 +103,7 @@ class TrainingRun:
                 self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora
             )
             self.net.train()
-            move_rest(self.net, self.device)
+            move_trained(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
             self.optimizer = optimizer_for(training.optimizer, self.net)
             if training.precision == "fp16-mixed":

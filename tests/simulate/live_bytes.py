@@ -111,11 +111,20 @@ def simulated(setup: Setup) -> tuple[list[Parameter], list[Live]]:
         run = TrainingRun(setup, torch.device("meta"), phase)
         with simulation.outcome(), counter:
             run.prepare()
+            _on_one_device(run)
             parameters = _parameters(run)
             simulation.follow(run.net, run.trained)
             run.step(1)
             run.step(2)
     return parameters, counter.phases
+
+
+def _on_one_device(run: TrainingRun) -> None:
+    """Bring the buffers that peft left in the host's memory: on the CPU there is one device."""
+    for module in run.net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")
 
 
 def _parameters(run: TrainingRun) -> list[Parameter]:
