@@ -77,7 +77,7 @@ class Counter(TorchDispatchMode):
 
 
 def really(setup: Setup) -> tuple[list[Parameter], list[Live]]:
-    """Two steps with values, on the CPU."""
+    """A step with values, on the CPU."""
     counter = Counter("cpu")
     gc.collect()
     gc.disable()
@@ -89,7 +89,6 @@ def really(setup: Setup) -> tuple[list[Parameter], list[Live]]:
             run.prepare()
             parameters = _parameters(run)
             run.step(1)
-            run.step(2)
     finally:
         gc.enable()
     return parameters, counter.phases
@@ -115,7 +114,6 @@ def simulated(setup: Setup) -> tuple[list[Parameter], list[Live]]:
             parameters = _parameters(run)
             simulation.follow(run.net, run.trained)
             run.step(1)
-            run.step(2)
     return parameters, counter.phases
 
 

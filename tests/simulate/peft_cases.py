@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "OFT": TARGETS | {"oft_block_size": 8},
     "OSF": TARGETS,
     "PEANUT": TARGETS,
-    "POLY": TARGETS | {"n_tasks": 2},
+    "POLY": TARGETS,
     "PREFIX_TUNING": VIRTUAL,
     "PROMPT_TUNING": VIRTUAL,
     "PSOFT": TARGETS | {"psoft_svd": "lowrank"},
