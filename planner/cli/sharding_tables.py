@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.advise.shardings import Option, Shardings
 from planner.cli.plain import columns
-from planner.units import gib
+from planner.units import GIB, gib
 
 __all__ = ["shardings_text"]
 
@@ -15,7 +15,7 @@ def shardings_text(found: Shardings, num_gpus: int) -> str:
     parts = [
         columns((f"Shared by {num_gpus:,}", "Peak a GPU", "On the host", "Sent a step", "Fits"), _rows(here)),
         _cheapest(found.cheapest, num_gpus),
-        "Peak of one GPU by their number; * fits.\n" + _by_number(found),
+        "Peak of one GPU in GiB, by their number; * fits.\n" + _by_number(found),
     ]
     if found.needs:
         rows = [
@@ -65,7 +65,7 @@ def _by_number(found: Shardings) -> str:
 
 
 def _cell(option: Option | None) -> str:
-    """The peak, marked where it surely fits."""
+    """The peak in GiB, marked where it surely fits."""
     if option is None:
         return ""
-    return gib(option.peak_allocated_bytes) + (" *" if option.fits else "  ")
+    return f"{option.peak_allocated_bytes / GIB:,.1f}" + (" *" if option.fits else "  ")

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from planner.errors import SetupError
+from planner.export.launch import launch_files, launch_lines
 from planner.export.methods import PIECES, piece_name
 from planner.export.script import script
 from planner.export.settings import settings
@@ -16,7 +17,7 @@ from planner.optimizers import EIGHT_BIT
 from planner.spec import PeftOfSize, Setup
 from planner.units import count, gib
 
-__all__ = ["BITSANDBYTES", "REQUIREMENTS", "exported", "why_not"]
+__all__ = ["BITSANDBYTES", "DEEPSPEED", "REQUIREMENTS", "exported", "why_not"]
 
 REQUIREMENTS = (
     "accelerate>=1.15,<2",
@@ -28,11 +29,14 @@ REQUIREMENTS = (
 """The versions that train.py is tested with: those of `simulate` in pyproject.toml."""
 BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
 """What 8-bit optimizers need beside them: that of `qlora` in pyproject.toml."""
+DEEPSPEED = "deepspeed>=0.19,<0.20"
+"""What zero1 to zero3 need beside them: the version whose sources the formulas are from; no test runs it."""
 
 
 def exported(setup: Setup) -> dict[str, str]:
     """File name -> text: train.py, settings.json, model/config.json, requirements.txt, README.txt.
 
+    For several GPUs also accelerate.yaml and the commands that launch it, see `planner.export.launch`.
     The same setup always gives the same texts. train.py holds nothing of the setup but its method and task;
     all values stand in settings.json. Raises SetupError for what no library runs as one step: a bare number
     of parameters, and the textbook recipe.
@@ -41,8 +45,10 @@ def exported(setup: Setup) -> dict[str, str]:
     if reason:
         raise SetupError(reason)
     values = settings(setup)
-    own = (BITSANDBYTES,) if setup.training.optimizer in EIGHT_BIT else ()
+    own: tuple[str, ...] = (BITSANDBYTES,) if setup.training.optimizer in EIGHT_BIT else ()
+    own += (DEEPSPEED,) if setup.sharding.zero_stage else ()
     return {
+        **(launch_files(setup) if setup.sharding.is_distributed else {}),
         "README.txt": _readme(setup, values),
         "model/config.json": _json({k: v for k, v in setup.model.config.items() if k != "auto_map"}),
         "requirements.txt": "\n".join((*REQUIREMENTS, *own)) + "\n",
@@ -86,15 +92,20 @@ Train on your own text, with the weights of {weights}:
 
     .venv/bin/python train.py --data text.txt --steps 100 --out trained
 
-train.py            the loop, to be read and changed
+{launch}train.py            the loop, to be read and changed
 settings.json       every setting of the plan; train.py reads it
 model/config.json   the shape of the model that was planned
 requirements.txt    the versions this was tested with
-
+{files}
 It prints how many parameters are trained and, on a CUDA device, the peak of allocated memory beside the
 planned one. The learning rate is a common value and no advice. Samples are cut from the text one after the
 other, without padding; {data}
 Code from the hub is never run. The card must also hold the CUDA context and the allocator's reserve.
+"""
+
+_LAUNCH_FILES = """\
+accelerate.yaml     how accelerate shares the run; launch.sh uses it
+*.sh, slurm.sbatch  the same by accelerate, by torchrun (not for DeepSpeed), in a SLURM cluster
 """
 
 _DATA = {
@@ -119,4 +130,6 @@ def _readme(setup: Setup, values: dict[str, Any]) -> str:
         trained="" if trained is None else f" Trained: {count(trained)} parameters.",
         weights="your own model (--model FOLDER)" if values["model"] == "model" else values["model"],
         data=_DATA[setup.model.task],
+        launch=f"{launch_lines(setup)}\n" if setup.sharding.is_distributed else "",
+        files=_LAUNCH_FILES if setup.sharding.is_distributed else "",
     )

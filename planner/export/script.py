@@ -6,6 +6,7 @@ The loop is that of `planner.training.run`; tests run the script and hold its co
 from __future__ import annotations
 
 from planner.export.methods import PIECES, piece_name
+from planner.export.shared import SHARED_STEP, shared_lines, shared_save
 from planner.model import Task
 from planner.optimizers import EIGHT_BIT
 from planner.spec import Setup
@@ -27,13 +28,13 @@ python train.py --data text.txt --out trained   the planned model on your text
 
 import argparse
 import contextlib
-import json
+{dataclasses}import json
 {standard}from pathlib import Path
 
 {bitsandbytes}{peft}import torch
 import transformers
 from accelerate import Accelerator
-{safetensors}{nn}from torch.nn.attention import SDPBackend, sdpa_kernel
+{safetensors}{nn}{fsdp}from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, {auto_class}, AutoTokenizer
 from transformers.integrations import sdpa_attention
 
@@ -57,9 +58,9 @@ def main():
     given = arguments()
     settings = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
     torch.manual_seed(settings["seed"])
-    accelerator = Accelerator(mixed_precision=AUTOCAST.get(settings["precision"], "no"))
+    {accelerator}
     name = given.model or settings["model"]
-    model = loaded(name, settings).to(accelerator.device)
+    model = loaded(name, settings){to_device}
     if settings["activation_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -67,23 +68,23 @@ def main():
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     planned = settings["planned"]
-    print(f"trained parameters: {{sum(p.numel() for p in trained):,}}", end="")
-    print(f", planned {{planned['trainable_parameters']:,}}" if planned["trainable_parameters"] else "")
+    {say}(f"trained parameters: {{sum(p.numel() for p in trained):,}}", end="")
+    {say}(f", planned {{planned['trainable_parameters']:,}}" if planned["trainable_parameters"] else "")
     optimizer = optimizer_for(settings, model, trained)
     model, optimizer = accelerator.prepare(model, optimizer)
-    data = batches(settings, vocabulary, given.data, name)
+{prepared}    data = batches(settings, vocabulary, given.data, name)
     for step in range(1, given.steps + 1):
         loss = one_step(accelerator, model, optimizer, trained, data, settings)
-        print(f"step {{step}}: loss {{loss:.4f}}", flush=True)
+        {say}(f"step {{step}}: loss {{loss:.4f}}", flush=True)
     if accelerator.device.type == "cuda":
-        print(f"peak allocated: {{torch.cuda.max_memory_allocated() / 2**30:.2f}} GiB", end="")
+        {say}(f"peak allocated: {{torch.cuda.max_memory_allocated() / 2**30:.2f}} GiB", end="")
         expected = planned["peak_allocated_bytes"]
-        print(f", planned {{expected / 2**30:.2f}} GiB" if expected else "")
+        {say}(f", planned {{expected / 2**30:.2f}} GiB" if expected else "")
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
-        save(accelerator.unwrap_model(model), given.out)
-        print(f"saved to {{given.out}}")
-
+        save({saved}, given.out)
+        {say}(f"saved to {{given.out}}")
+{ended}
 
 def arguments():
     parser = argparse.ArgumentParser(description="Fine-tune as planned in settings.json.")
@@ -127,23 +128,7 @@ def optimizer_for(settings, model, trained):
     return torch.optim.AdamW(trained, lr=rate, foreach=foreach, fused=fused)
 
 
-def one_step(accelerator, model, optimizer, trained, data, settings):
-    """One optimizer step over all its micro batches; the mean of their losses."""
-    micro_batches = settings["gradient_accumulation_steps"]
-    total = 0.0
-    with attention(settings["attention"], accelerator.device.type):
-        for _ in range(micro_batches):
-            batch = {key: value.to(accelerator.device) for key, value in next(data).items()}
-            outputs = model(**batch)
-            loss = outputs.loss / micro_batches
-            accelerator.backward(loss)
-            total += loss.item()
-    if settings["clip_grad_norm"] is not None:
-        accelerator.clip_grad_norm_(trained, settings["clip_grad_norm"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=settings["zero_grad"] == "none")
-    return total
-
+{one_step}
 
 @contextlib.contextmanager
 def attention(kind, device):
@@ -180,6 +165,36 @@ def batches(settings, vocabulary, data, name):
             if len(chosen) == size:
                 yield example(samples[chosen], tokenizer)
 '''
+
+_ONE_STEP = '''\
+def one_step(accelerator, model, optimizer, trained, data, settings):
+    """One optimizer step over all its micro batches; the mean of their losses."""
+    micro_batches = settings["gradient_accumulation_steps"]
+    total = 0.0
+    with attention(settings["attention"], accelerator.device.type):
+        for _ in range(micro_batches):
+            batch = {key: value.to(accelerator.device) for key, value in next(data).items()}
+            outputs = model(**batch)
+            loss = outputs.loss / micro_batches
+            accelerator.backward(loss)
+            total += loss.item()
+    if settings["clip_grad_norm"] is not None:
+        accelerator.clip_grad_norm_(trained, settings["clip_grad_norm"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=settings["zero_grad"] == "none")
+    return total
+'''
+
+_ALONE = {
+    "accelerator": 'accelerator = Accelerator(mixed_precision=AUTOCAST.get(settings["precision"], "no"))',
+    "to_device": ".to(accelerator.device)",
+    "prepared": "",
+    "say": "print",
+    "saved": "accelerator.unwrap_model(model)",
+    "dataclasses": "",
+    "ended": "",
+    "fsdp": "",
+}
 
 _EIGHT_BITS = '''\
     if name.endswith("-8bit"):
@@ -232,6 +247,7 @@ if __name__ == "__main__":
 
 def script(setup: Setup) -> str:
     """train.py for method, task and kind of optimizer of a setup; its values stand in settings.json."""
+    shared = setup.sharding.is_distributed
     task, eight_bits = setup.model.task, setup.training.optimizer in EIGHT_BIT
     piece = PIECES[piece_name(setup.method)]
     head = _HEAD.format(
@@ -242,6 +258,9 @@ def script(setup: Setup) -> str:
         safetensors="" if piece.whole else "from safetensors.torch import save_file\n",
         nn="from torch import nn\n" if piece.modules else "",
         config=_DECODER_START if task == "seq2seq-lm" else "",
+        **(shared_lines(setup) if shared else _ALONE),
     )
     step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
-    return head + piece.attached + step + _EXAMPLES[task] + piece.save + _END
+    step = step.replace("{one_step}", SHARED_STEP if shared else _ONE_STEP)
+    save = shared_save(piece) if shared else piece.save
+    return head + piece.attached + step + _EXAMPLES[task] + save + _END

@@ -34,6 +34,7 @@ def settings(setup: Setup) -> dict[str, Any]:
         "method": setup.method.name,
         **_method(setup),
         **dataclasses.asdict(setup.training),
+        **(dataclasses.asdict(setup.sharding) if setup.sharding.is_distributed else {}),
         "learning_rate": _LEARNING_RATE,
         "seed": 0,
         "planned": {
