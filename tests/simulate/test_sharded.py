@@ -163,7 +163,7 @@ def test_offloaded_shards_are_not_on_the_device() -> None:
 def test_buckets_are_those_of_ddp() -> None:
     setup = setup_of(LLAMA, **MIXED)
     watched: list[Simulation] = []
-    simulate(shared(setup, 4, "ddp"), watch=watched.append)
+    report = simulate(shared(setup, 4, "ddp"), watch=watched.append)
     alone: list[Simulation] = []
     simulate(setup, watch=alone.append)
     sizes = [torch.Size(t.shape) for t in setup.model.tensors for _ in t.layers or (None,)]
@@ -172,9 +172,10 @@ def test_buckets_are_those_of_ddp() -> None:
     together = sum(4 * tensors[index].numel() for bucket in buckets for index in bucket)
     first, second = (s[0].phases[-1].allocated_bytes for s in (watched, alone))
     assert together <= first - second <= together + 512 * len(buckets) + 2 * MIB
-    assert simulate(shared(setup, 4, "ddp")).peak_allocated_bytes == simulate(
-        shared(setup, 1000, "ddp")
-    ).peak_allocated_bytes
+    assert report.peak_phase == "optimizer_step"
+    assert 2 * together <= report.parts.gradients <= 2 * together + 4 * MIB  # gradients and their copies
+    assert report.parts.adapter_weights == 0
+    assert simulate(shared(setup, 1000, "ddp")).peak_allocated_bytes == report.peak_allocated_bytes
 
 
 def test_frozen_parameters_are_in_no_bucket() -> None:
