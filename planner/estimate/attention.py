@@ -54,7 +54,8 @@ def attention_plan(
 
     `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence) rules out
     flash; then transformers repeats keys and values for all heads, which else only flash and cuDNN take
-    grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does.
+    grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16
+    before Ampere (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
     """
     training = setup.training
     masked = prefix > 0
@@ -79,7 +80,8 @@ def attention_plan(
     half = element == 2 and capability >= (8, 0)
     d = shape.head_dim
     repeated = grouped and masked
-    kernel: Kernel = "math" if grouped and not masked else "efficient"
+    bf16_refused = element == 2 and not training.precision.startswith("fp16") and capability < (8, 0)
+    kernel: Kernel = "math" if bf16_refused or (grouped and not masked) else "efficient"
     if half and not masked and d <= _FLASH_HEAD_LIMIT and not _flash_backward_fails(capability, shape):
         kernel = "flash"
     cudnn_limit = _CUDNN_HEAD_LIMIT_HOPPER if capability == (9, 0) else _CUDNN_HEAD_LIMIT

@@ -7,6 +7,8 @@ and each model's router.
 
 from __future__ import annotations
 
+from math import prod
+
 from planner.estimate.forms import LayerForm
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
@@ -35,27 +37,59 @@ def experts(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) ->
     trained = form.experts_trained
     sorted_scores = ops.op((scores,), pairs, scores.element, (order,))
     chosen = ops.op((x,), pairs * h, x.element, (Tensor(pairs, _INDEX_BYTES, False),))
-    both = _grouped(ops, chosen, gate_up, base, trained=trained)
+    added = form.experts_added
+    merged = [_merged(ops, gate_up, added[0])]
+    both = _grouped(ops, chosen, gate_up, base, trained=trained, merged=merged[0])
     gate, up = ops.split(both, (both.numel // 2, both.numel // 2))
     inner = ops.product(ops.activation(gate, shape.activation), up)
-    answers = _grouped(ops, inner, down, base, trained=trained)
+    merged.append(_merged(ops, down, added[1]))
+    answers = _grouped(ops, inner, down, base, trained=trained, merged=merged[1])
     weighted = _weighted(ops, answers, sorted_scores)
     restored = ops.op((weighted,), pairs * h, weighted.element, (Tensor(pairs, _INDEX_BYTES, False),))
     total = ops.cast(ops.op((restored,), x.numel, restored.element), x.element)
-    ops.hold(x, chosen, both, weighted)
+    ops.hold(x, chosen, both, weighted, *[weight for weight in merged if weight])
     return ops.bottleneck(total, h, form.bottleneck) if form.bottleneck else total
 
 
-def _grouped(ops: Operations, x: Tensor, weight: tuple[int, ...], element: int, *, trained: bool) -> Tensor:
-    """x [S, in] by the weights [e, out, in] of the experts; x is kept where they are trained."""
+def _merged(ops: Operations, weight: tuple[int, ...], added: tuple[int, int]) -> Tensor | None:
+    """LoRA on the experts' parameter: W + B A alpha / r for all experts at once, as large as W.
+
+    peft/tuners/lora/layer.py, `_LoraFactorsProxy`: A and B in W's type, one baddbmm, held while the layer
+    runs (torch/nn/utils/parametrize.py, `cached`). The product keeps it for its input's gradient.
+    """
+    if not any(added):
+        return None
+    recipe = ops.recipe
+    sizes = [block_bytes(numel * recipe.adapter) for numel in added]
+    if recipe.adapter == recipe.base:
+        return ops.op((), prod(weight), recipe.base, weight_bytes=sum(sizes))
+    a, b = (
+        ops.op((), numel, recipe.base, weight_bytes=size) for numel, size in zip(added, sizes, strict=True)
+    )
+    return ops.op((a, b), prod(weight), recipe.base, (a, b))
+
+
+def _grouped(
+    ops: Operations,
+    x: Tensor,
+    weight: tuple[int, ...],
+    element: int,
+    *,
+    trained: bool,
+    merged: Tensor | None,
+) -> Tensor:
+    """x [S, in] by the weights [e, out, in] of the experts; x is kept where they are trained or `merged`."""
     count, first, second = weight
     outputs = first if x.numel % second == 0 and x.numel // second * second == x.numel else second
     inputs = second if outputs == first else first
+    kept = (x,) if trained or merged else ()
+    if merged and x.needs_grad:
+        kept = (*kept, merged)
     return ops.op(
-        (x,),
+        (x, merged) if merged else (x,),
         x.numel // inputs * outputs,
         x.element,
-        (x,) if trained else (),
+        kept,
         weight_bytes=block_bytes(count * first * second * element) if trained else 0,
         reads_weight=x.needs_grad,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from planner.catalog.outputs import OUTPUTS, takes_adapter
@@ -16,7 +17,7 @@ from planner.estimate.quantized import quantized_tensors
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
 from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
-from planner.targets import adapted_weights
+from planner.targets import adapted_weights, lora_targets
 
 __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "model_form"]
 
@@ -79,6 +80,7 @@ class LayerForm:
     experts: tuple[tuple[int, ...], ...] = ()
     router_trained: bool = False
     experts_trained: bool = False
+    experts_added: tuple[tuple[int, int], ...] = ()
     bottleneck: int = 0
     sliding: bool = False
     rotary: bool = True
@@ -112,6 +114,7 @@ class _Marks:
     hidden_size: int = 0
     biased: set[str] = field(default_factory=set)
     quantized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    merged: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = field(default_factory=dict)
 
     def is_trained(self, name: str, layer: int | None) -> bool:
         return _covers(self.trained.get(name), layer)
@@ -128,6 +131,11 @@ class _Marks:
             if _covers(change.weight.layers, layer):
                 return change
         return Change(weight=weight)
+
+    def added_to(self, name: str, layer: int) -> tuple[int, int]:
+        """Numbers in LoRA's A and B where peft adds their product to the parameter itself, else none."""
+        layers, numels = self.merged.get(name, (None, (0, 0)))
+        return numels if _covers(layers, layer) else (0, 0)
 
     def bottleneck_behind(self, module: str) -> int:
         if self.bottleneck is None or not takes_adapter(module, self.kind, *self.outputs):
@@ -198,6 +206,10 @@ def _marks(setup: Setup, shape: Architecture) -> _Marks:
         rank, dropout = method.lora_rank, method.lora_dropout
         weights = adapted_weights(model, method.target_modules)
         changes = [Change(weight=t, rank=rank, dropout=dropout) for t in weights]
+        for target in lora_targets(model, method.target_modules):
+            if target.by_parameter:
+                a, b = target.shapes(rank)
+                marks.merged[target.weight.name] = (target.weight.layers, (prod(a), prod(b)))
         if isinstance(method, QLoRA):
             marks.quantized = {t.name: t.layers for t in quantized_tensors(model)}
     elif isinstance(method, Adapter):
@@ -232,8 +244,13 @@ def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, ma
         norms=_norms([t for t in norms if t not in of_heads], layer, marks) or 2 * (plain,),
         head_norms=_norms(of_heads, layer, marks),
         experts=tuple(t.shape for t in experts if len(t.shape) == 3),
-        router_trained=any(marks.is_trained(t.name, layer) for t in present if t.role == "router"),
+        router_trained=any(
+            marks.is_trained(t.name, layer) or marks.added_to(t.name, layer)[0]
+            for t in present
+            if t.role == "router"
+        ),
         experts_trained=any(marks.is_trained(t.name, layer) for t in experts),
+        experts_added=tuple(marks.added_to(t.name, layer) for t in experts if len(t.shape) == 3),
         bottleneck=sum(marks.bottleneck_behind(module) for module in block),
         sliding=layer in shape.sliding_layers,
         rotary=not skips or (layer + 1) % skips != 0,

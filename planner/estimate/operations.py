@@ -207,6 +207,8 @@ class Operations(Tape):
             return self.op((x,), x.numel, x.element, (x,), scratch_bytes=4 * size, work_bytes=2 * size)
         if name == "relu":
             return self.op((x,), x.numel, x.element, keeps_output=True)
+        if name == "gelu_fast":
+            return self._gelu_fast(x)
         if name != "gelu_new":
             return self.op((x,), x.numel, x.element, (x,))
         half = self.scaled(x)
@@ -214,6 +216,14 @@ class Operations(Tape):
         cubed = self.op((base,), x.numel, base.element, (base,), scratch_bytes=2 * base.size_bytes)
         inner = self.scaled(self.add(x, self.scaled(cubed)))
         tanh = self.op((inner,), x.numel, inner.element, keeps_output=True)
+        return self.product(half, self.op((tanh,), x.numel, tanh.element, aliases=True))
+
+    def _gelu_fast(self, x: Tensor) -> Tensor:
+        """FastGELUActivation: x / 2 (1 + tanh(c x (1 + d x x))), every factor of a product is kept."""
+        half, scaled, inner = self.scaled(x), self.scaled(x), self.scaled(x)
+        square = self.product(inner, x)
+        bracket = self.op((square,), x.numel, square.element, aliases=True)
+        tanh = self.op((self.product(scaled, bracket),), x.numel, x.element, keeps_output=True)
         return self.product(half, self.op((tanh,), x.numel, tanh.element, aliases=True))
 
     def rotary(self, x: Tensor, share: float, *, cats: bool) -> Tensor:
