@@ -48,8 +48,8 @@ def _cheapest(option: Option | None, num_gpus: int) -> str:
     if option is None:
         return f"No sharding fits on {num_gpus:,} of these GPUs."
     return (
-        f"The cheapest that fits is {option.sharding}: each GPU sends {gib(option.sent_bytes)} a step, by the "
-        "sums of the ZeRO paper."
+        f"The cheapest that fits is {option.sharding}: each GPU sends {gib(option.sent_bytes)} a step, by "
+        "the sums of the ZeRO paper."
     )
 
 

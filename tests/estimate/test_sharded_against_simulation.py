@@ -13,7 +13,7 @@ from planner import FullFineTuning, LoRA, Setup, Sharding, Training
 from planner.estimate import estimate
 from planner.report import MemoryReport
 from planner.simulate import simulate
-from planner.spec import Adapter, Method
+from planner.spec import Adapter, BitFit, Method
 
 from .shapes import shortened
 
@@ -24,6 +24,10 @@ UNTIED = "meta-llama/Llama-3.1-8B"
 LARGE = "meta-llama/Llama-3.1-405B"  # units so large that gathering two of them is the forward's peak
 GPT2 = "openai-community/gpt2-medium"
 NEOX = "EleutherAI/pythia-410m"
+GEMMA2 = "google/gemma-2-2b"
+MOE = "Qwen/Qwen3-30B-A3B"
+OLMO2 = "allenai/OLMo-2-0425-1B"
+SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 QWEN3 = "Qwen/Qwen3-0.6B"
 
 MIXED: dict[str, Any] = {"precision": "bf16-mixed", "micro_batch_size": 2, "seq_len": 512}
@@ -53,6 +57,20 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (TIED, FULL, {**MIXED, "precision": "bf16"}, {"num_gpus": 2, "sharding": "ddp"}),
     (TIED, FULL, MIXED, {"num_gpus": 4, "sharding": "ddp"}),
     (UNTIED, LORA, {**MIXED, "precision": "bf16"}, {"num_gpus": 4, "sharding": "ddp"}),
+    (TIED, FULL, {**FUSED, "gradient_accumulation_steps": 2}, {"num_gpus": 8, "sharding": "ddp"}),
+    # families, methods, and what they meet
+    (GEMMA2, FULL, FUSED, EIGHT),
+    (MOE, FULL, FUSED, EIGHT),
+    (OLMO2, FULL, FUSED, {"num_gpus": 8, "sharding": "fsdp-grad-op"}),
+    (SMOLLM3, FULL, FUSED, {"num_gpus": 6, "sharding": "fsdp"}),
+    (GPT2, BitFit(), FUSED, EIGHT),
+    (UNTIED, LORA, {**MIXED, "precision": "bf16"}, {"num_gpus": 4, "sharding": "fsdp"}),
+    (UNTIED, LORA, {**FUSED, "activation_checkpointing": True}, {"num_gpus": 8, "sharding": "fsdp-grad-op"}),
+    (TIED, LORA, FUSED, {**EIGHT, "cpu_offload": "parameters"}),
+    (UNTIED, FULL, {**FUSED, "gradient_accumulation_steps": 2}, {"num_gpus": 16, "sharding": "hsdp"}),
+    (UNTIED, FULL, {**FUSED, "optimizer": "sgd"}, {**EIGHT, "prefetch": 1}),
+    (UNTIED, FULL, {**FUSED, "optimizer": "adamw-single", "clip_grad_norm": 1.0}, EIGHT),
+    (QWEN3, FULL, {**FUSED, "seq_len": 64}, {"num_gpus": 32, "sharding": "fsdp"}),
 ]
 
 
