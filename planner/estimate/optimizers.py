@@ -14,13 +14,14 @@ from itertools import groupby
 from planner.estimate.parameters import TrainedTensor, trained_tensors
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
-from planner.estimate.rounding import block_bytes, packed_bytes
+from planner.estimate.rounding import MIN_BLOCK_BYTES, block_bytes, packed_bytes
 from planner.optimizers import EIGHT_BIT, Optimizer
 from planner.spec import PeftConfig, PeftOfSize, Setup
 
 __all__ = [
     "OptimizerMemory",
     "bare_memory",
+    "clipping_bytes",
     "optimizer_memory",
     "saved_state_bytes",
     "states_are_known",
@@ -41,6 +42,7 @@ _STATES: dict[Optimizer, int] = {
 _SMALL_NUMEL = 4096  # optim/adamw.py, min_8bit_size: tensors below it keep fp32 states
 _PAGED_NUMEL = 100_000  # optimizer.py, get_state_buffer: states from 1e5 elements on are paged
 _BLOCK_NUMEL = 256  # optimizer.py, init_state: one fp32 absmax for so many 8-bit numbers
+_CHUNK_NUMEL = 65_536  # MultiTensorApply.cuh, kChunkSize
 _COUNTER_BYTES = 4  # adam.py, _init_group: each tensor's step, in fp32; on the device where it is fused
 _MAP_BYTES = 256 * 4  # functional.py, create_dynamic_map: one for each state, shared by all tensors
 
@@ -141,6 +143,16 @@ def _states(setup: Setup, tensors: Sequence[TrainedTensor], state_bytes: int | N
             counters.append(_COUNTER_BYTES)
         states.on_device += [t.numel * (state_bytes or t.element_bytes)] * _STATES[optimizer]
     return states
+
+
+def clipping_bytes(trained: Sequence[TrainedTensor]) -> int:
+    """clip_grad_norm_: a norm of each gradient, and ForeachReduceOp.cu's partial sums in fp32.
+
+    One sum for each 65,536 numbers of the largest tensor, for every tensor.
+    """
+    count = sum([t.count for t in trained])
+    chunks = max([-(-t.numel // _CHUNK_NUMEL) for t in trained], default=0)
+    return MIN_BLOCK_BYTES * count + packed_bytes([4 * count * chunks])
 
 
 def _single_adamw_temporaries(sizes: Iterable[int]) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.estimate.forms import model_form
-from planner.estimate.optimizers import states_are_known
+from planner.estimate.optimizers import clipping_bytes, states_are_known
 from planner.estimate.rank_report import one_gpu
 from planner.estimate.peft_form import peft_form
 from planner.estimate.resident import Resident, resident
@@ -50,6 +50,9 @@ def estimate(setup: Setup) -> MemoryReport:
         alone = None if setup.sharding.shard_ranks > 1 else estimate(one_gpu(setup))
         return sharded_report(setup, alone)
     kept = resident(setup)
+    if setup.training.clip_grad_norm is not None:
+        step_bytes = max(kept.step_temporaries_bytes, clipping_bytes(kept.trained))
+        kept = replace(kept, step_temporaries_bytes=step_bytes)
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
     workspace = _workspace(setup, known=known)

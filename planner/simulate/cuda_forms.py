@@ -6,7 +6,7 @@ that decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -80,6 +80,33 @@ def _dropout(
     return torch.native_dropout(input, p, training)[0]
 
 
+def _foreach_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ForeachReduceOp.cu: a partial sum for each 65,536 numbers (kChunkSize) of the largest tensor, of all.
+
+    They are made before the norms and given back after them; in fp32 for 16-bit tensors.
+    """
+
+    def norms(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        chunks = max(-(-tensor.numel() // 65536) for tensor in tensors)
+        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        partial = torch.empty(len(tensors) * chunks, dtype=dtype, device=tensors[0].device)
+        found = original(tensors, *args, **kwargs)
+        del partial
+        return found
+
+    return norms
+
+
+def _on_first_of_meta(form: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`form` where the first tensor of a list is on `meta`, the original elsewhere."""
+
+    def chosen(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        chosen_form = form if tensors and tensors[0].device.type == "meta" else original
+        return chosen_form(tensors, *args, **kwargs)
+
+    return chosen
+
+
 @contextmanager
 def cuda_optimizers() -> Iterator[None]:
     """Let optimizers and gradient clipping take `meta` tensors for CUDA's: foreach by default, fused.
@@ -96,6 +123,8 @@ def cuda_optimizers() -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False)
         )
+        norms = _on_first_of_meta(_foreach_norm(torch._foreach_norm), torch._foreach_norm)
+        stack.enter_context(mock.patch.object(torch, "_foreach_norm", norms))
         for module in (optimizer, _foreach_utils):
             for name, devices in (
                 ("_get_foreach_kernels_supported_devices", foreach),

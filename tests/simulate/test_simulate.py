@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from planner.errors import TraceError
+from planner.estimate import estimate
 from planner.report import MemoryReport, Phase
 from planner.simulate.ledger import Ledger
 from planner.simulate.run import simulate
@@ -140,6 +141,17 @@ def test_clipping_takes_a_norm_for_each_gradient() -> None:
     peaks = [phase(report, "optimizer_step").peak_allocated_bytes for report in (plain, clipped)]
     assert len(WEIGHTS) * 512 <= peaks[1] - peaks[0] < 64 * 512
     assert plain.parts.base_weights == clipped.parts.base_weights
+
+
+def test_clipping_takes_a_partial_sum_for_each_65536_numbers_of_the_largest_gradient() -> None:
+    """ForeachReduceOp.cu: as many for every tensor as for the largest, in fp32, before the norms are made."""
+    wide: dict[str, Any] = {"changes": {"vocab_size": 90_000}, "optimizer": "adamw-fused", **FEW_TOKENS}
+    setup = setup_of(LLAMA, clip_grad_norm=1.0, **wide)
+    chunks = -(-90_000 * 256 // 65_536)
+    for report in (simulate(setup), estimate(setup)):
+        before = phase(report, "backward").allocated_bytes
+        rise = phase(report, "optimizer_step").peak_allocated_bytes - before
+        assert rise == up(4 * len(WEIGHTS) * chunks) + 512 * len(WEIGHTS), report.source
 
 
 def test_foreach_copies_what_is_trained_and_fused_does_not() -> None:
