@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES
 from planner.optimizers import EIGHT_BIT
@@ -41,6 +42,7 @@ def terms(setup: Setup, report: MemoryReport) -> tuple[Term, ...]:
         "logits_and_loss": _logits,
         "temporaries": _temporaries,
         "workspace": _workspace,
+        **shared_writers(setup),
     }
     found = []
     for part, writer in writers.items():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
+
 from planner import Setup, Training
 from planner.advise.shardings import shardings
 from planner.dashboard import answers
+from planner.dashboard.formulas import terms
 from planner.dashboard.links import DEFAULTS
 from planner.dashboard.several import by_number, by_number_alt, by_number_table, needs_table, options_table
 from planner.estimate import estimate
@@ -78,6 +81,20 @@ def test_the_tables_say_what_the_figure_says() -> None:
     assert "<b>fsdp</b>" in here
     assert "<b>zero3</b>" not in here
     assert "NVIDIA H100 80GB HBM3" in needs_table(found.needs)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_the_formulas_are_those_of_the_sharding(kind: str) -> None:
+    setup = SETUP.replace(sharding=kind)
+    report = estimate(setup)
+    found = {term.part: term for term in terms(setup, report)}
+    alone = {term.part: term for term in terms(SETUP.replace(num_gpus=1, sharding="none"), report)}
+    changed = {part for part in found if found[part].formula != alone[part].formula}
+    assert {"gradients"} <= changed
+    assert ("base_weights" in changed) == (kind != "ddp")
+    for part, term in found.items():
+        assert term.result == gib(getattr(report.parts, part))
+        assert term.source
 
 
 def test_in_a_browser_the_number_is_set_in_the_folded_part(open_page) -> None:
