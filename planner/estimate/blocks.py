@@ -50,7 +50,7 @@ def embedded(
 
 
 def _prompted(ops: Operations, rows: Tensor, prompts: int, width: int) -> Tensor:
-    """Trained vectors [n, h] in the adapter's type, looked up for each sample, converted and joined to its tokens."""
+    """Trained vectors [n, h] in the adapter's type, for each sample, converted and joined to its tokens."""
     count = prompts * (ops.tokens // ops.seq_len)
     gradient = block_bytes(prompts * width * ops.recipe.adapter)
     vectors = ops.op((), count * width, ops.recipe.adapter, weight_bytes=gradient)
@@ -61,7 +61,7 @@ def _prompted(ops: Operations, rows: Tensor, prompts: int, width: int) -> Tensor
 
 
 def prefix_of(ops: Operations, shape: Architecture) -> None:
-    """Keys and values of the prefix for all layers, looked up for each sample, converted, copied for the cache."""
+    """Keys and values of the prefix for all layers, for each sample, converted, and copied for the cache."""
     width = 2 * shape.num_layers * shape.num_key_value_heads * shape.head_dim
     rows = ops.tokens // ops.seq_len * ops.prefix
     gradient = block_bytes(ops.prefix * width * ops.recipe.adapter)

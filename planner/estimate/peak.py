@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from planner.estimate.forms import model_form
 from planner.estimate.optimizers import clipping_bytes, states_are_known
-from planner.estimate.rank_report import one_gpu
 from planner.estimate.peft_form import peft_form
+from planner.estimate.rank_report import one_gpu
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
 from planner.estimate.stack import Stack, has_formulas, stack

@@ -251,7 +251,7 @@ def _in_layers(module: str, values: Mapping[str, Any]) -> bool:
 
 
 def _saved(model: Model, values: Mapping[str, Any]) -> tuple[WeightTensor, ...] | None:
-    """Tensors of the modules in `modules_to_save`, by the end of their name: utils/other.py, _set_trainable."""
+    """Tensors of the modules in `modules_to_save`, by the end of the name: utils/other.py, _set_trainable."""
     found = []
     for name in values.get("modules_to_save") or ():
         for tensor in model.tensors:

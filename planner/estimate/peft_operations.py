@@ -21,8 +21,8 @@ __all__ = ["dora", "scaled_by_vector"]
 def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor:
     """result + (m / |W + B A| - 1) W x + m / |W + B A| B A x alpha / r.
 
-    Keeps what LoRA keeps, and [T, out] twice: W x in its type and B A x in fp32, for the gradient of m. The norm
-    is made from B A of an identity [in, in] and a copy of W, all in fp32 and gone at the end. With dropout
+    Keeps what LoRA keeps, and [T, out] twice: W x in its type and B A x in fp32, for the gradient of m. The
+    norm is made from B A of an identity [in, in] and a copy of W, in fp32 and gone at the end. With dropout
     W x is made again from fp32 copies of the dropped x and of W, which are kept.
     """
     recipe = ops.recipe
@@ -39,8 +39,8 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
         half = block_bytes(numbers * multiplied)
         beside = max(beside, block_bytes(form.inputs**2 * element) + half - full)
     held = ops.op((), 0, element, work_bytes=beside)
-    held.size_bytes = block_bytes(form.inputs**2 * multiplied) + block_bytes(form.inputs * form.rank * multiplied)
-    held.size_bytes += full + (full if copied and not kept else 0)
+    identity = block_bytes(form.inputs**2 * multiplied) + block_bytes(form.inputs * form.rank * multiplied)
+    held.size_bytes = identity + full + (full if copied and not kept else 0)
     down = ops.trained(dropped, form.inputs, form.rank)
     up = ops.trained(down, form.rank, form.outputs)
     if form.lora_dropout:
