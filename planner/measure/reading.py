@@ -42,6 +42,7 @@ class CudaReadings:
         self._run: TrainingRun | None = None
         self._base = self._adapters = self._gradients = self._states = 0
         self._buckets = 0  # DDP's, which hold gradients a second time
+        self._unreduced = False  # whether whole gradients wait in FSDP2, where they are not followed
         self._accumulated: dict[int, torch.nn.Parameter] = {}
         self._waiting: tuple[int, ...] = ()
         self._at_peak: tuple[int, ...] = ()
@@ -66,6 +67,7 @@ class CudaReadings:
         self._adapters = _bytes_of(self._blocks("attach"), run.added)
         if any(_is_shard(parameter) for parameter in run.trained):
             self._base = allocated - self._adapters
+            self._unreduced = run.setup.training.gradient_accumulation_steps > 1
         else:
             self._buckets = allocated - self._base - self._adapters
 
@@ -111,11 +113,14 @@ class CudaReadings:
             device_used_bytes=self._used_bytes(),
             seconds=seconds,
             failed=failed,
-            known={} if failed and name == "load" else self._known(name, allocated),
+            known={} if failed and name == "load" else self._sure(self._known(name, allocated)),
         )
         self._mark(f"end {name} {step or ''}")
         if name == "load" and not failed:
             torch.cuda.empty_cache()  # what random initialization left behind; a checkpoint leaves nothing
+
+    def _sure(self, known: dict[str, int]) -> dict[str, int]:
+        return {part: size for part, size in known.items() if part != "gradients" or not self._unreduced}
 
     def _known(self, name: str, allocated: int) -> dict[str, int]:
         """The parts known exactly at this phase's peak."""
