@@ -49,8 +49,8 @@ def _fsdp_base(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     element, ranks = RECIPES[setup.training.precision].base, setup.sharding.shard_ranks
     return (
         _CHUNKS % ("W", "e_w"),
-        f"Of each weight, P = {setup.model.parameters:,} parameters in all, {_where(setup)} holds 1 / N of the "
-        f"rows, rounded up: N = {ranks:,}, e_w = {element} bytes.",
+        f"Of each weight, P = {setup.model.parameters:,} parameters in all, {_where(setup)} holds 1 / N of "
+        f"the rows, rounded up: N = {ranks:,}, e_w = {element} bytes.",
         _FSDP2,
     )
 
@@ -69,8 +69,8 @@ def _fsdp_gradients(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     return (
         _CHUNKS % (r"\mathrm{trained}\ W", "e_w"),
         f"{report.parameters.trainable:,} trained parameters; a unit's shards are views of what its "
-        "reduce-scatter left. Whole gradients of the unit that runs backward count as temporaries; those that "
-        "wait for the last micro batch count here.",
+        "reduce-scatter left. Whole gradients of the unit that runs backward count as temporaries; those "
+        "that wait for the last micro batch count here.",
         "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, foreach_reduce",
     )
 
@@ -86,9 +86,9 @@ def _fsdp_states(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
 def _fsdp_temporaries(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     return (
         r"\max_k \left( U_k + A_{k-1} + g_k + R_{k+1} \right) + \mathrm{tail}",
-        "U_k the gathered weights of the unit that runs, A_{k-1} the all-gather's output of the next one, g_k "
-        "its whole gradients, R_{k+1} the reduce-scatter's input of the one before, and the head's unit, which "
-        f"stays gathered. At the peak, in {peak_place(report)}: {gib(report.parts.temporaries)}.",
+        "U_k the gathered weights of the unit that runs, A_{k-1} the all-gather's output of the next one, "
+        "g_k its whole gradients, R_{k+1} the reduce-scatter's input of the one before, and the head's unit, "
+        f"which stays gathered. At the peak, in {peak_place(report)}: {gib(report.parts.temporaries)}.",
         "torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py; units as accelerate 1.15 cuts them",
     )
 
@@ -117,7 +117,8 @@ def _zero_states(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     return (
         r"\tfrac{(4 + 4 n)\, T}{N}",
         f"fp32 weights and n = {_STATES.get(setup.training.optimizer, 2)} states for each of "
-        f"T = {report.parameters.trainable:,} trained parameters, divided by N = {setup.sharding.shard_ranks:,}.",
+        f"T = {report.parameters.trainable:,} trained parameters, divided by "
+        f"N = {setup.sharding.shard_ranks:,}.",
         _DEEPSPEED,
     )
 
@@ -136,7 +137,7 @@ def _zero_temporaries(setup: Setup, report: MemoryReport) -> tuple[str, str, str
 def _ddp_gradients(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     return (
         r"2 \sum_{\mathrm{trained}\ W} e_g\, |W|",
-        f"{report.parameters.trainable:,} trained parameters: their gradients, and DDP's buckets, flat copies "
-        "of all of them that stay from the wrapping on.",
+        f"{report.parameters.trainable:,} trained parameters: their gradients, and DDP's buckets, flat "
+        "copies of all of them that stay from the wrapping on.",
         "torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets",
     )
