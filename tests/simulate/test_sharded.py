@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed import _compute_bucket_assignment_by_size
 
 from planner import BitFit, LoRA, Setup, Sharding, simulate
 from planner.errors import SetupError
+from planner.estimate.shards import chunk_numel, local_numel, pieces
 from planner.simulate.events import simulated_events
 from planner.simulate.place import simulated_place
 from planner.simulate.simulation import Simulation
@@ -34,12 +36,19 @@ def local(tensor: Any) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def stored(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages behind these tensors' shards, each once."""
+    storages = [local(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 class Held:
     """What a simulated rank holds after a step: weights and states; and its gradients before it."""
 
     def __init__(self, setup: Setup, rank: int = 0) -> None:
         simulation, place = simulated_place(setup.sharding, rank)
         self.gradients: list[torch.Size] = []
+        self.gradient_bytes = 0
         with place:
             run = run_of(setup, torch.device("meta"), simulation.phase)
             optimize = run._optimize
@@ -50,18 +59,49 @@ class Held:
                 run.step(1)
                 simulation.know_states(run.optimizer)
             parameters = list(run.net.parameters())
+            self.parameter_bytes = stored(parameters)
             self.shapes = [tuple(local(p).shape) for p in parameters]
             self.weights = {name: local(p).numel() for name, p in run.net.named_parameters()}
             self.whole = {name: p.numel() for name, p in run.net.named_parameters()}
             self.weight_bytes = sum(simulation.ledger.bytes_of(p) for p in parameters)
             self.trained = [tuple(local(p).shape) for p in run.trained]
             states = [v for s in run.optimizer.state.values() for v in s.values()]
+            self.state_bytes = stored(v for v in states if v.dim())
             self.states = [tuple(local(v).shape) for v in states if v.dim()]
             self.on_device = all(simulation.ledger.knows(p) for p in parameters)
             self.parts = dict(simulation.ledger.totals)
 
     def _note(self, run: Any) -> None:
+        self.gradient_bytes = stored(p.grad for p in run.trained)
         self.gradients = [tuple(local(p.grad).shape) for p in run.trained]  # type: ignore[misc]
+
+
+BYTES = [
+    *[(config, None, training, number) for number in (2, 3, 8, 1024)
+      for config, training in ((LLAMA, MIXED), (LLAMA, {}), (GPT2, {"precision": "fp32"}))],
+    *[(LLAMA, LoRA(lora_rank=rank, target_modules=("all-linear",)), training, number)
+      for rank, number in ((4, 2), (3, 5), (8, 64)) for training in ({}, MIXED)],
+    (GPT2, LoRA(lora_rank=4), {}, 16),
+    (LLAMA, Adapter(adapter_kind="houlsby"), MIXED, 6),
+    (GPT2, BitFit(), {}, 11),
+    ({**LLAMA, **TIED}, None, MIXED, 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "method", "training", "number"), BYTES)
+def test_formulas_are_exact_to_the_byte(
+    config: dict[str, Any], method: Any, training: dict[str, Any], number: int
+) -> None:
+    setup = shared(setup_of(config, method, seq_len=8, **training), number, gpus_per_node=number)
+    tensors = pieces(setup)
+    for rank in (0, number - 1) if number == 5 else (number - 1,):
+        found = Held(setup, rank)
+        padded = [chunk_numel(piece.shape, number) * piece.element_bytes for piece in tensors]
+        own = [local_numel(piece.shape, number, rank) * piece.element_bytes for piece in tensors]
+        trained = [piece.trained for piece in tensors]
+        assert found.parameter_bytes == sum(padded)
+        assert found.gradient_bytes == sum(size for size, asked in zip(padded, trained, strict=True) if asked)
+        assert found.state_bytes == 2 * sum(size for size, asked in zip(own, trained, strict=True) if asked)
 
 
 SHAPES = [
