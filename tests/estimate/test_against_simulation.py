@@ -179,6 +179,9 @@ CASES: list[Case] = [
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "adafactor"}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "paged-adamw-8bit"}),
     (MISTRAL, FULL, {"micro_batch_size": 1, "optimizer": "lion-8bit", "precision": "fp16-mixed"}),
+    (LLAMA, NF4, {"micro_batch_size": 4, "optimizer": "paged-adamw-8bit", "clip_grad_norm": 0.3}),
+    (GPT2, INT8, {"micro_batch_size": 2, "seq_len": 64, "optimizer": "adamw-8bit"}),
+    (QWEN3, NF4_DOUBLE, {"micro_batch_size": 2, "optimizer": "adafactor", "zero_grad": "zero"}),
     # gradients set to zero stay through the next forward pass
     *[
         (model, method, {"micro_batch_size": 1, "seq_len": 256, "optimizer": optimizer, "zero_grad": "zero"})
