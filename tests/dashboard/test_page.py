@@ -200,6 +200,18 @@ def test_a_visitors_words_are_not_markup(open_app) -> None:
     assert r"\[here\]\(" in app.warning[0].value
 
 
+def test_paged_states_are_named_with_their_bytes(open_app) -> None:
+    gpt2 = {"model": "openai-community/gpt2", "method": "full"}
+    app = open_app(**gpt2, optimizer="paged-adamw-8bit", zero_grad="zero")
+    assert not app.exception
+    text = " ".join(one.value for one in app.markdown)
+    assert "bytes) are paged by bitsandbytes" in text
+    assert "To resume a task's run, its optimizer states take" in text
+    assert app.selectbox(key="zero_grad").value == "zero"
+    plain = open_app(**gpt2, optimizer="adamw-8bit")
+    assert not any("paged by bitsandbytes" in one.value for one in plain.markdown)
+
+
 def test_the_method_page_puts_the_current_numbers_into_the_formulas(open_app) -> None:
     app = open_app(model="openai-community/gpt2")
     app.switch_page("planner/dashboard/method.py").run()
