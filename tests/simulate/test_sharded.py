@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _compute_bucket_assignment_by_size
 
-from planner import BitFit, LoRA, Setup, Sharding, simulate
+from planner import BitFit, LoRA, Setup, Sharding, Training, estimate, simulate
 from planner.errors import SetupError
 from planner.estimate.shards import chunk_numel, local_numel, pieces
 from planner.simulate.events import simulated_events
@@ -264,6 +264,19 @@ def test_two_runs_agree_to_the_byte_and_leave_nothing_behind() -> None:
     assert not dist.is_initialized()
     assert not hasattr(torch, "meta")
     assert "resize_" not in vars(torch.UntypedStorage)
+
+
+def test_deepspeed_s_slices_are_fsdp2_s_shards_where_they_coincide() -> None:
+    """ZeRO-3 keeps fp32 weights beside its states, and a 16-bit copy; all are the same parameters over N."""
+    setup = Setup(
+        model="meta-llama/Llama-3.2-1B",
+        training=Training(precision="bf16-mixed", seq_len=64, optimizer="adamw-fused"),
+    )
+    simulated = simulate(shared(setup, 8)).parts
+    sliced = estimate(shared(setup, 8, "zero3")).parts
+    shards = simulated.base_weights + simulated.optimizer_states
+    assert sliced.optimizer_states == pytest.approx(shards, rel=0.002)  # blocks and padding
+    assert sliced.base_weights == pytest.approx(simulated.base_weights / 2, rel=0.002)
 
 
 def test_the_report_names_its_rank() -> None:
