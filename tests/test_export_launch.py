@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,9 +147,15 @@ def launched(path: Path, script: str, *words: str) -> str:
         script, "--model", "model", "--steps", "2", *words,
     ]  # fmt: skip
     values = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=120, env=values)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=path, env=values, start_new_session=True, **pipes) as launcher:
+        try:
+            output, errors = launcher.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)  # its ranks too, where they hang
+    assert launcher.returncode == 0, errors[-3000:]
+    return output
 
 
 def test_two_cpu_processes_run_ddp(folder: Any) -> None:
