@@ -47,6 +47,7 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
+Loop = Literal["plain", "trainer"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
 _QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
@@ -63,6 +64,7 @@ class Training:
     torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
     is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
+    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not.
     """
 
     micro_batch_size: int = 1
@@ -74,6 +76,7 @@ class Training:
     attention: Attention = "sdpa"
     clip_grad_norm: float | None = None
     zero_grad: ZeroGrad = "none"
+    loop: Loop = "plain"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use. Raises SetupError."""
@@ -83,6 +86,7 @@ class Training:
         choice("optimizer", self.optimizer, get_args(Optimizer))
         choice("attention", self.attention, get_args(Attention))
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
+        choice("loop", self.loop, get_args(Loop))
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
                 f"activation_checkpointing must be true or false, got {self.activation_checkpointing!r}."

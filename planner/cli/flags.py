@@ -49,6 +49,7 @@ HELP: dict[str, str] = {
     "reduce_dtype": "type that FSDP reduces gradients in (default: the one the step computes in)",
     "prefetch": "units that FSDP gathers ahead, in forward and backward (default: its own)",
     "shard_unit": "module class that FSDP gathers as one unit (default: the model's layer)",
+    "loop": "who writes the loop: plain keeps the logits through the backward pass, HF's trainer does not",
 }
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,30}")

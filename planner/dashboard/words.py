@@ -84,6 +84,7 @@ FIELD_LABELS = {
     "attention": "Attention",
     "clip_grad_norm": "Gradient clipping",
     "zero_grad": "Gradients after a step",
+    "loop": "Training loop",
     "lora_rank": "Rank r",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",
@@ -119,6 +120,8 @@ FIELD_HELP = {
     "attention": "sdpa is torch's own choice; eager keeps the whole attention matrix.",
     "clip_grad_norm": "Largest gradient norm; empty for no clipping.",
     "zero_grad": "none gives gradients up, as torch does; zero keeps them through the next forward pass.",
+    "loop": "plain says outputs = model(**batch) and so keeps the logits to the end of the step; "
+    "Hugging Face's Trainer gives them up before the backward pass.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
     "lora_dropout": "Dropout on each adapter's input; above 0 it keeps a mask.",
     "lora_bias": "none, all biases, or those of the target layers only.",

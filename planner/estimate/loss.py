@@ -13,6 +13,7 @@ from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Moment, Tensor
 from planner.model import Architecture
+from planner.spec import Training
 
 __all__ = ["LossMemory", "hidden_for_head", "loss_memory"]
 
@@ -22,8 +23,8 @@ class LossMemory:
 
     `input_kept`: the head keeps its input [T, h] for its weight's gradient. `weight_bytes` are the
     gradients it leaves, `waiting_bytes` of them in the engine until a tied embedding's come; `backward`
-    is its worst moment; `output_bytes` are the logits in the model's output, which the loop holds to the
-    end of the step.
+    is its worst moment; `output_bytes` are the logits in the model's output, which the plain loop holds to
+    the end of the step and HF Trainer's gives up with the forward pass.
     """
 
     forward_peak_bytes: int
@@ -49,7 +50,13 @@ def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architec
 
 
 def loss_memory(
-    ops: Operations, hidden: Tensor, form: ModelForm, shape: Architecture, *, accumulates: bool
+    ops: Operations,
+    hidden: Tensor,
+    form: ModelForm,
+    shape: Architecture,
+    training: Training,
+    *,
+    accumulates: bool,
 ) -> LossMemory:
     """Logits [T, v] in the compute type, their fp32 copy, log-softmax [T, v] in fp32 (kept), the loss.
 
@@ -80,7 +87,7 @@ def loss_memory(
         weight_bytes=weights,
         waiting_bytes=weights if form.head_table_trained else 0,
         input_kept=hidden in keepers,
-        output_bytes=output,
+        output_bytes=output if training.loop == "plain" else 0,
     )
 
 

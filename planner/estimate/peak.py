@@ -118,7 +118,7 @@ def _moments(
     optimizer = _Candidate(
         phase="optimizer_step",
         gradients=gradients,
-        activations=layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes if layers else 0,
+        activations=layers.left_bytes if layers else 0,
         logits_and_loss=layers.loss.output_bytes if layers else 0,
         temporaries=kept.step_temporaries_bytes if layers else 0,
         workspace=workspace,
@@ -230,11 +230,12 @@ def _phases(
     base = kept.base_weights_bytes
     attached = base + kept.adapter_weights_bytes
     states = kept.optimizer_states_bytes
-    waiting = output = 0
+    waiting = output = held = 0
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes
         waiting += _waiting(layers, setup.training.activation_checkpointing)
         output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
+        held = layers.loss.output_bytes + layers.left_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
         Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),
@@ -244,7 +245,7 @@ def _phases(
         ends = {
             "forward": resident_bytes + waiting + workspace + (left if step == 2 else 0),
             "backward": resident_bytes + kept.gradients_bytes + output + workspace,
-            "optimizer_step": attached + states + output + workspace + left,
+            "optimizer_step": attached + states + held + workspace + left,
         }
         for name, end in ends.items():
             base_bytes = attached + states if name == "optimizer_step" else resident_bytes

@@ -48,7 +48,8 @@ class Stack:
     `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
     attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
     `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
-    both to the end of the step; `leaf_is_input`: the first layer keeps it anyway.
+    both to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss
+    and with it the graph to the end of the step.
     """
 
     stretches: tuple[Stretch, ...]
@@ -59,11 +60,17 @@ class Stack:
     hidden_bytes: int
     leaf_bytes: int
     leaf_is_input: bool
+    keeps_graph: bool
 
     @property
     def pinned_bytes(self) -> int:
-        """What nodes of the graph hold to the end of the step."""
+        """What nodes of the graph hold to its end."""
         return sum([stretch.pinned_bytes * stretch.count for stretch in self.stretches])
+
+    @property
+    def left_bytes(self) -> int:
+        """What the loop still holds in the optimizer step, logits apart."""
+        return self.inputs_bytes + (2 * self.leaf_bytes + self.pinned_bytes if self.keeps_graph else 0)
 
 
 def has_formulas(setup: Setup) -> bool:
@@ -104,7 +111,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     shape = setup.model.architecture
     assert shape is not None  # the caller asks for closed-form families only
     form = model_form(setup)
-    inputs_bytes = 2 * block_bytes(8 * setup.training.micro_batch_size * setup.training.seq_len)
+    inputs_bytes = _inputs_bytes(setup.training)
     prompts = _virtual_tokens(setup, "prompt_tuning")
     if prompts:
         setup = _lengthened(setup, prompts)
@@ -133,7 +140,9 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
             x = out
     ops, start = _operations(setup, shape), _input(x)
     hidden = hidden_for_head(ops, start, form, shape)
-    loss = loss_memory(_operations(setup, shape), _input(hidden), form, shape, accumulates=accumulates)
+    loss = loss_memory(
+        _operations(setup, shape), _input(hidden), form, shape, training, accumulates=accumulates
+    )
     stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
     return Stack(
         stretches=tuple(stretches),
@@ -144,6 +153,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
+        keeps_graph=training.loop == "plain",
     )
 
 
@@ -157,6 +167,12 @@ def _operations(setup: Setup, shape: Architecture) -> Operations:
 def _input(x: Tensor) -> Tensor:
     """x as the input of the next stretch."""
     return Tensor(x.numel, x.element, x.needs_grad)
+
+
+def _inputs_bytes(training: Training) -> int:
+    """Token ids and labels (int64); HF Trainer's loop has those of every micro batch of the step."""
+    batches = training.gradient_accumulation_steps if training.loop == "trainer" else 1
+    return 2 * batches * block_bytes(8 * training.micro_batch_size * training.seq_len)
 
 
 def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:

@@ -66,6 +66,8 @@ def why_not(setup: Setup) -> str | None:
         )
     if setup.training.precision == "textbook":
         return "precision textbook is a sum worked by hand, no library runs it; export bf16 or bf16-mixed."
+    if setup.training.loop != "plain":
+        return f"export writes the loop plain, not {setup.training.loop}; choose loop plain."
     if piece_name(setup.method) not in PIECES:
         return f"export has no script for method {setup.method.name}; choose from {', '.join(PIECES)}."
     return None

@@ -20,7 +20,7 @@ from planner.training.build import skeleton
 from planner.training.peft_config import initialisation_notes
 from planner.training.quantize import parameter_count
 from planner.training.recipe import loaded_dtype
-from planner.training.run import Loop, TrainingRun
+from planner.training.run import TrainingRun
 from planner.training.runs import run_of
 from planner.version import __version__
 
@@ -39,7 +39,7 @@ def simulate(
     *,
     gpu: Gpu | str | None = None,
     steps: int = 2,
-    loop: Loop | None = None,
+    separate_labels: bool = True,
     allocator: AllocatorConfig | None = None,
     limit_bytes: int | None = None,
     progress: Progress | None = None,
@@ -63,7 +63,9 @@ def simulate(
     if watch:
         watch(simulation)
     with place:
-        run = run_of(setup, torch.device("meta"), simulation.phase, loop=loop, own_lora=own_lora)
+        run = run_of(
+            setup, torch.device("meta"), simulation.phase, separate_labels=separate_labels, own_lora=own_lora
+        )
         with simulation.outcome():
             run.prepare()
             simulation.know_adapters(run.added)  # under FSDP they came with their units

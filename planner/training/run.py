@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,34 +13,22 @@ from planner.errors import SetupError
 from planner.spec import QLoRA, Setup
 from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
+from planner.training.batches import tokens_asked_for
 from planner.training.build import loaded, skeleton
 from planner.training.optimizers import optimizer_for, require_library
 from planner.training.peft_config import method_batch, refuse_unknown
 from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, loaded_dtype
 
-__all__ = ["Loop", "PhaseHook", "TrainingRun"]
+__all__ = ["PhaseHook", "TrainingRun"]
 
 PhaseHook = Callable[[str, int | None], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """How the loop around the step is written; the defaults are the plain PyTorch loop.
-
-    `keep_outputs`: the batch and the output object (with the logits) stay alive to the end of the step, as in
-    a step that says `outputs = model(**batch)`; HF Trainer's `compute_loss` returns the loss alone, so its
-    logits die before the backward pass. `separate_labels`: labels are a tensor of
-    their own, as a collator makes them.
-    """
-
-    keep_outputs: bool = True
-    separate_labels: bool = True
 
 
 class TrainingRun:
     """A setup on a device. `phases(name, step)` is entered around every phase.
 
     Attributes after `prepare`: `net`, `optimizer`, `trained` (parameters that require gradients).
+    `separate_labels`: labels are a tensor of their own, as a collator makes them, not the token ids.
     """
 
     shared = False  # whether several ranks take part: planner.training.sharded_run
@@ -53,7 +40,7 @@ class TrainingRun:
         device: torch.device,
         phases: PhaseHook,
         *,
-        loop: Loop | None = None,
+        separate_labels: bool = True,
         autocast: Autocast = cuda_autocast,
         own_lora: bool = False,
     ) -> None:
@@ -68,7 +55,7 @@ class TrainingRun:
         self.setup = setup
         self.device = device
         self.phases = phases
-        self.loop = loop or Loop()
+        self.separate_labels = separate_labels
         self.autocast = autocast
         self.autocast_dtype = autocast_dtype(setup.training.precision)
         self.own_lora = own_lora
@@ -85,6 +72,7 @@ class TrainingRun:
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
         self._kept: Any = None
+        self._waiting: list[dict[str, torch.Tensor]] = []
         self._vocabulary = 0
 
     def prepare(self) -> None:
@@ -127,25 +115,42 @@ class TrainingRun:
     def step(self, number: int) -> None:
         """One optimizer step, all its micro batches included; phases carry the step's number."""
         training = self.setup.training
+        batches, items = self._batches()
         with attention_kernels(training.attention):
             for micro in range(training.gradient_accumulation_steps):
                 with self._reduction(last=micro == training.gradient_accumulation_steps - 1):
-                    self._micro_batch(number)
+                    self._micro_batch(number, next(batches), items)
         with self.phases("optimizer_step", number):
             self._optimize(training.clip_grad_norm)
         self._kept = None
 
-    def _micro_batch(self, number: int) -> None:
-        """Forward and backward pass of one micro batch."""
-        accumulated = self.setup.training.gradient_accumulation_steps
-        inputs = self._inputs()
+    def _batches(self) -> tuple[Iterator[dict[str, torch.Tensor]], Any]:
+        """The step's micro batches, and what the sum of their losses is divided by (None: their number).
+
+        The plain loop makes each at its turn; HF Trainer's has all of them on the device, beside those of the
+        step before, and counts their tokens (transformers/trainer.py, `get_batch_samples`).
+        """
+        training = self.setup.training
+        each = (self._inputs() for _micro in range(training.gradient_accumulation_steps))
+        if training.loop == "plain":
+            return each, None
+        self._waiting = list(each)
+        return iter(self._waiting), tokens_asked_for(self._waiting, self.net, self.setup.model.task)
+
+    def _micro_batch(self, number: int, inputs: dict[str, torch.Tensor], items: Any) -> None:
+        """Forward and backward pass of one micro batch.
+
+        The plain loop says `outputs = model(**batch)` and holds all of it to the end of the step; HF
+        Trainer's `compute_loss` returns the loss alone.
+        """
+        training = self.setup.training
         with self.phases("forward", number):
-            loss, outputs = self._loss(inputs)
-            if accumulated > 1:
-                loss = loss / accumulated
-        if self.loop.keep_outputs:
-            self._kept = inputs, outputs, loss
-        del inputs, outputs
+            loss, outputs = self._loss(inputs if items is None else {**inputs, "num_items_in_batch": items})
+            if items is None and training.gradient_accumulation_steps > 1:
+                loss = loss / training.gradient_accumulation_steps
+            if training.loop == "plain":
+                self._kept = inputs, outputs, loss
+            del inputs, outputs
         with self.phases("backward", number):
             scaled = self.scaler.scale(loss) if self.scaler else loss
             scaled.backward()
@@ -174,7 +179,7 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=self.setup.training.zero_grad == "none")
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """The loss, and the output object where the loop keeps it alive."""
+        """The loss and the output object."""
         dtype = self.autocast_dtype
         if dtype is None:
             outputs = self._outputs(inputs)
@@ -193,6 +198,6 @@ class TrainingRun:
         ids = torch.randint(0, self._vocabulary, shape)
         more = method_batch(self.setup.method, ids)
         ids = ids.to(self.device)
-        labels = ids.clone() if self.loop.separate_labels else ids
+        labels = ids.clone() if self.separate_labels else ids
         batch = {"input_ids": ids, "labels": labels}
         return batch | {name: tensor.to(self.device) for name, tensor in more.items()}

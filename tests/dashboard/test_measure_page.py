@@ -34,7 +34,6 @@ from planner.record import Record
 from planner.report import OutOfMemory
 from planner.simulate import simulate
 from planner.spec import Setup
-from planner.training.run import Loop
 from planner.units import GIB
 from tests.measure.made_up import SETUP, made_record, stream
 
@@ -439,7 +438,7 @@ def test_the_packaged_simulations_are_within_their_promise_and_what_the_simulati
         allowed = 0.0 if run.setup["method"] == "lora" else 0.0025
         assert abs(run.simulated_allocated_bytes / run.peak_allocated_bytes - 1) <= allowed, run.id
     small = runs["t4-sweep-2026-09-15-23"]  # SmolLM2-135M
-    report = simulate(Setup.from_dict(small.setup), loop=Loop(keep_outputs=True, separate_labels=False))
+    report = simulate(Setup.from_dict(small.setup), separate_labels=False)
     packaged = (small.simulated_allocated_bytes, small.simulated_reserved_bytes)
     assert (report.peak_allocated_bytes, report.peak_reserved_bytes) == packaged
 

@@ -19,7 +19,6 @@ import pytest
 from planner.estimate.quantized import is_quantized, tensor_sizes
 from planner.simulate.run import simulate
 from planner.spec import QLoRA
-from planner.training.run import Loop
 from planner.units import MIB
 from tests.published import qlora_runs, setup_of, title
 
@@ -31,7 +30,6 @@ RUNS = qlora_runs()
 _PUBLISHED = Path(__file__).parents[2] / "planner" / "measure" / "published"
 PACKAGED = json.loads((_PUBLISHED / "simulations.json").read_text())  # what README's table shows
 # Their step says `outputs = model(**batch)` with labels = input ids, and looks at steps after the first.
-LOOP = Loop(keep_outputs=True, separate_labels=False)
 
 
 @needs_bitsandbytes
@@ -39,7 +37,7 @@ LOOP = Loop(keep_outputs=True, separate_labels=False)
 def test_a_published_run_comes_out(
     run: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    report = simulate(setup_of(run), loop=LOOP)
+    report = simulate(setup_of(run), separate_labels=False)
     phases = {phase.name: phase for phase in report.phases}  # of the second step
     measured = run["measured_mib"]
     resident = phases["attach"].allocated_bytes / MIB

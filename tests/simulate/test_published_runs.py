@@ -13,20 +13,18 @@ from typing import Any
 import pytest
 
 from planner.simulate.run import simulate
-from planner.training.run import Loop
 from planner.units import MIB
 from tests.published import lora_runs, setup_of, title
 
 RUNS = lora_runs()
 # Their step says `outputs = model(**batch)` with labels = input ids, and looks at steps after the first.
-LOOP = Loop(keep_outputs=True, separate_labels=False)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=title)
 def test_a_published_run_comes_out_equal(
     run: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    report = simulate(setup_of(run), loop=LOOP)
+    report = simulate(setup_of(run), separate_labels=False)
     phases = {phase.name: phase for phase in report.phases}  # of the second step
     measured = run["measured_mib"]
     peaks = {name: phases[name].peak_allocated_bytes / MIB for name in ("forward", "backward")}
