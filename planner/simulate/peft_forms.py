@@ -21,6 +21,7 @@ from planner.simulate.trace import Tracer
 __all__ = ["peft_forms"]
 
 Function = Callable[..., Any]
+_MANY_PLACES = 1 << 20  # shuffling 16 million takes half a second, and a model has hundreds of weights
 
 
 @contextmanager
@@ -118,6 +119,20 @@ def _frod_offload(tracer: Tracer) -> Callable[[Function], Function]:
     return form
 
 
+def _unshuffled(tracer: Tracer) -> Callable[[Function], Function]:
+    """torch.randperm while a method is attached: some draw their places out of all of a weight's."""
+
+    def form(original: Function) -> Function:
+        def places(n: int, *args: Any, **kwargs: Any) -> Any:
+            if tracer.phase != "attach" or n < _MANY_PLACES or kwargs.get("out") is not None:
+                return original(n, *args, **kwargs)
+            return torch.zeros(1, dtype=torch.int64, device="cpu").expand(n).to(kwargs.get("device") or "cpu")
+
+        return places
+
+    return form
+
+
 _OF_THE_STEP: dict[str, Callable[[Tracer], Callable[[Function], Function]]] = {
     # WaveFT drops the places beyond a padded weight, of which there are none.
     "peft.tuners.waveft.layer:WaveFTLayer.get_delta_weight": _where(masks_hold=True),
@@ -127,5 +142,6 @@ _OF_THE_STEP: dict[str, Callable[[Tracer], Callable[[Function], Function]]] = {
     "peft.tuners.cpt.model:CPTEmbedding.calculate_loss": _where(masks_hold=True, chosen=1),
     "peft.peft_model:PeftModelForCausalLM._cpt_forward": _where(masks_hold=True),
     "peft.tuners.lora.variants:calculate_alora_offsets": _alora,
+    "torch:randperm": _unshuffled,
     "peft.tuners.frod.layer:Linear._offload_base_weight_to_cpu": _frod_offload,
 }

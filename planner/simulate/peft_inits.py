@@ -149,6 +149,39 @@ def _adamss(original: Function) -> Function:
     return clusters
 
 
+def _boft(original: Function) -> Function:
+    """BOFTLayer.update_layer: its permutation stays in the host's memory; here it takes none of it."""
+
+    def update(layer: Any, *args: Any, **kwargs: Any) -> None:
+        original(layer, *args, **kwargs)
+        if layer.get_base_layer().weight.device.type == "meta":
+            layer.boft_P = torch.zeros(1, device="cpu").expand(layer.boft_P.shape)
+
+    return update
+
+
+def _boft_order(original: Function) -> Function:
+    """BOFTLayer.block_butterfly_perm: which row goes where is nothing that memory depends on."""
+
+    def order(layer: Any, n: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if layer.get_base_layer().weight.device.type != "meta":
+            return original(layer, n, *args, **kwargs)  # type: ignore[no-any-return]
+        return torch.arange(n, device="cpu")
+
+    return order
+
+
+def _boft_matrix(original: Function) -> Function:
+    """BOFTLayer.perm2mat, which writes row by row."""
+
+    def matrix(layer: Any, indices: torch.Tensor) -> torch.Tensor:
+        if layer.get_base_layer().weight.device.type != "meta":
+            return original(layer, indices)  # type: ignore[no-any-return]
+        return torch.zeros(1, device="cpu").expand(len(indices), len(indices))
+
+    return matrix
+
+
 def _frod_projections(original: Function) -> Function:
     """FrodModel._init_frod_projections: from all weights, in the host's memory, for each kind of layer."""
 
@@ -219,6 +252,9 @@ INITS: dict[str, Callable[[Function], Function]] = {
     "peft.tuners.lora.variants:KasaLinearVariant.init": _kasa,
     "peft.tuners.lora.variants:MontecloraLinearVariant.init": _monteclora,
     "peft.tuners.adamss.layer:clustering_Z": _adamss,
+    "peft.tuners.boft.layer:BOFTLayer.update_layer": _boft,
+    "peft.tuners.boft.layer:BOFTLayer.block_butterfly_perm": _boft_order,
+    "peft.tuners.boft.layer:BOFTLayer.perm2mat": _boft_matrix,
     "peft.tuners.frod.model:FrodModel._init_frod_projections": _frod_projections,
     "peft.tuners.frod.layer:FrodLayer._calculate_frod_u_and_lambda": _frod_factors,
     "peft.tuners.frod.layer:Linear._get_frod_tensors": _frod_tensors,

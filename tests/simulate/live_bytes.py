@@ -102,6 +102,8 @@ def simulated(setup: Setup) -> tuple[list[Parameter], list[Live]]:
     def phase(name: str, step: int | None) -> Iterator[None]:
         with simulation.phase(name, step), counter.phase(name, step):
             yield
+            if name == "attach":
+                _on_one_device(run)
 
     no_scratch = mock.patch.dict(trace.SCRATCH, {}, clear=True)
     no_workspace = mock.patch.object(trace, "PRODUCTS", frozenset())
@@ -110,7 +112,6 @@ def simulated(setup: Setup) -> tuple[list[Parameter], list[Live]]:
         run = TrainingRun(setup, torch.device("meta"), phase)
         with simulation.outcome(), counter:
             run.prepare()
-            _on_one_device(run)
             parameters = _parameters(run)
             simulation.follow(run.net, run.trained)
             run.step(1)
