@@ -45,19 +45,23 @@ def shards(setup: Setup) -> Shards:
     """Rank 0's shards, tensor by tensor; the gradients of a unit are views of one buffer."""
     ranks = setup.sharding.shard_ranks
     found = units(setup)
-    weights: dict[bool, list[int]] = {False: [], True: []}
+    sizes: dict[int, tuple[list[int], list[int]]] = {}  # by unit: base, added
     for unit in found.all():
-        for piece in unit:
-            weights[piece.added].append(chunk_numel(piece.shape, ranks) * piece.element_bytes)
+        if id(unit) not in sizes:
+            sizes[id(unit)] = _chunk_bytes(unit, ranks, added=False), _chunk_bytes(unit, ranks, added=True)
     optimizer = optimizer_memory(setup, _rows_of_rank_0(setup), None)
-    memories = [_memory(setup, unit, offloaded=False) for unit in found.all()]
+    memories = _memories(setup, tuple(found.all()), offloaded=False)
     return Shards(
-        base_weights_bytes=packed_bytes(weights[False]),
-        adapter_weights_bytes=packed_bytes(weights[True]),
+        base_weights_bytes=packed_bytes(size for unit in found.all() for size in sizes[id(unit)][0]),
+        adapter_weights_bytes=packed_bytes(size for unit in found.all() for size in sizes[id(unit)][1]),
         gradients_bytes=sum([memory.gradients for memory in memories]),
         optimizer_states_bytes=optimizer.states_bytes,
         step_temporaries_bytes=optimizer.temporaries_bytes,
     )
+
+
+def _chunk_bytes(unit: Sequence[Piece], ranks: int, *, added: bool) -> list[int]:
+    return [chunk_numel(piece.shape, ranks) * piece.element_bytes for piece in unit if piece.added == added]
 
 
 def fsdp_report(setup: Setup) -> MemoryReport:
@@ -107,10 +111,14 @@ def _load_peak(setup: Setup) -> int:
     """A unit is on the card as a whole until its shards are there: layers, embedding, tail, then the root."""
     found, ranks = units(setup), setup.sharding.shard_ranks
     before = most = 0
+    sizes: dict[int, tuple[int, int]] = {}
     for unit in (*found.layers, found.embedding, found.tail, found.root):
-        whole = packed_bytes(piece.numel * piece.element_bytes for piece in unit)
-        before += packed_bytes(chunk_numel(piece.shape, ranks) * piece.element_bytes for piece in unit)
-        most = max(most, before + whole)
+        if id(unit) not in sizes:
+            chunks = (chunk_numel(piece.shape, ranks) * piece.element_bytes for piece in unit)
+            whole = packed_bytes(piece.numel * piece.element_bytes for piece in unit)
+            sizes[id(unit)] = packed_bytes(chunks), whole
+        before += sizes[id(unit)][0]
+        most = max(most, before + sizes[id(unit)][1])
     return most
 
 
@@ -122,7 +130,7 @@ def _plan(setup: Setup, found: Units, layers: Stack, workspace: int) -> Plan:
     tokens = training.micro_batch_size * training.seq_len
     return Plan(
         embedding=_memory(setup, found.embedding, offloaded=offloaded),
-        layers=tuple(_memory(setup, unit, offloaded=offloaded) for unit in found.layers),
+        layers=_memories(setup, found.layers, offloaded=offloaded),
         tail=_memory(setup, found.tail, offloaded=offloaded),
         root=_memory(setup, found.root, offloaded=offloaded),
         tied=found.tied,
@@ -132,6 +140,17 @@ def _plan(setup: Setup, found: Units, layers: Stack, workspace: int) -> Plan:
         checkpointed=training.activation_checkpointing,
         workspace=workspace,
     )
+
+
+def _memories(
+    setup: Setup, found: tuple[tuple[Piece, ...], ...], *, offloaded: bool
+) -> tuple[UnitMemory, ...]:
+    """Of each unit; equal layers are one object, which is looked at once."""
+    known: dict[int, UnitMemory] = {}
+    for unit in found:
+        if id(unit) not in known:
+            known[id(unit)] = _memory(setup, unit, offloaded=offloaded)
+    return tuple(known[id(unit)] for unit in found)
 
 
 def _memory(setup: Setup, unit: Sequence[Piece], *, offloaded: bool) -> UnitMemory:

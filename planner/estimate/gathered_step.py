@@ -141,7 +141,8 @@ def backward_moments(plan: Plan, layers: Stack, accumulated: int) -> Iterator[Al
             workspace=plan.workspace,
         )
 
-    yield alive(waiting, loss.backward.gradients_bytes, loss.kept_bytes + loss.backward.temporaries_bytes)
+    worst = loss.backward
+    yield alive(waiting, worst.gradients_bytes, worst.kept_bytes + worst.temporaries_bytes)
     ahead = plan.preceding(len(plan.layers))
     buffers = sum([unit.buffer for unit in ahead])
     copied = max([unit.copied for unit in ahead], default=0)
@@ -159,7 +160,7 @@ def backward_moments(plan: Plan, layers: Stack, accumulated: int) -> Iterator[Al
     waiting -= last.kept_bytes
     reducing = 0
     if plan.tied:
-        whole = 0 if again else made
+        whole = loss.waiting_bytes if again else made  # the head's waits for the embeddings'
     else:
         held -= plan.tail.gathered
         yield alive(waiting + plan.hidden_bytes, buffers + plan.tail.reduce_input + (0 if again else made))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.estimate.parameters import trained_tensors
 from planner.estimate.recipes import RECIPES, recipe_of
@@ -75,7 +75,23 @@ def local_numel(shape: tuple[int, ...], ranks: int, rank: int) -> int:
 
 
 def pieces(setup: Setup) -> tuple[Piece, ...]:
-    """Every parameter of the setup as its shards are held and gathered, base and added, tied weights once."""
+    """Every parameter as its shards are held and gathered, base and added, tied weights once.
+
+    Kept with the model.
+    """
+    cache = setup.model.__dict__.setdefault("_pieces", {})
+    key = _key(setup)
+    if key not in cache:
+        cache[key] = _pieces(setup)
+    return cache[key]  # type: ignore[no-any-return]
+
+
+def _key(setup: Setup) -> tuple[object, ...]:
+    """What the pieces depend on: not how many ranks there are, but whether weights are gathered."""
+    return setup.method, setup.training.precision, setup.sharding.shard_ranks > 1
+
+
+def _pieces(setup: Setup) -> tuple[Piece, ...]:
     held, used = RECIPES[setup.training.precision], recipe_of(setup)
     model, trained = setup.model, trained_tensors(setup)
     whole = isinstance(setup.method, FullFineTuning)
@@ -114,18 +130,27 @@ def pieces(setup: Setup) -> tuple[Piece, ...]:
 
 
 def units(setup: Setup) -> Units:
-    """The pieces of the setup in accelerate's units."""
+    """The pieces of the setup in accelerate's units; equal layers are one object, all of them numbered 0."""
+    cache = setup.model.__dict__.setdefault("_units", {})
+    key = _key(setup)
+    if key not in cache:
+        cache[key] = _units(setup)
+    return cache[key]  # type: ignore[no-any-return]
+
+
+def _units(setup: Setup) -> Units:
     found = pieces(setup)
     layers = max((piece.layer for piece in found if piece.layer is not None), default=-1) + 1
     by_layer: list[list[Piece]] = [[] for _ in range(layers)]
     for piece in found:
         if piece.layer is not None:
-            by_layer[piece.layer].append(piece)
+            by_layer[piece.layer].append(replace(piece, layer=0))
     outer = [piece for piece in found if piece.layer is None]
     tied = any(tensor.tied_to and tensor.role == "head" for tensor in setup.model.tensors)
+    alike: dict[tuple[Piece, ...], tuple[Piece, ...]] = {}
     return Units(
         embedding=() if tied else _of(outer, (_EMBEDDING,)),
-        layers=tuple(tuple(layer) for layer in by_layer),
+        layers=tuple(alike.setdefault(layer, layer) for layer in map(tuple, by_layer)),
         tail=(*_of(outer, (_NORM,)), *_of(outer, (_HEAD, _EMBEDDING) if tied else (_HEAD,))),
         root=_of(outer, (_ROOT,)),
         tied=tied,

@@ -45,6 +45,7 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (UNTIED, FULL, FUSED, {**EIGHT, "reduce_dtype": "fp32"}),
     (UNTIED, FULL, {**FUSED, "gradient_accumulation_steps": 2}, EIGHT),
     (UNTIED, FULL, {**FUSED, "gradient_accumulation_steps": 2}, {**EIGHT, "reduce_dtype": "fp32"}),
+    (TIED, FULL, {**FUSED, "gradient_accumulation_steps": 2, "seq_len": 64}, EIGHT),
     (UNTIED, FULL, FUSED, {**EIGHT, "prefetch": 2}),
     (UNTIED, FULL, FUSED, {**EIGHT, "cpu_offload": "parameters"}),
     (UNTIED, FULL, {**FUSED, "activation_checkpointing": True, "seq_len": 1024}, EIGHT),
