@@ -24,6 +24,7 @@ ReduceDtype = Literal["fp32", "bf16", "fp16"]
 
 _FSDP = ("fsdp", "fsdp-grad-op", "hsdp")
 _TAKES_SHARDS = ("adamw", "adamw-fused", "adamw-single", "sgd", "sgd-momentum")  # torch's own, elementwise
+_HALF = ("bf16", "fp16")
 _USUAL_NODE = 8  # GPUs of a DGX, an HGX board and the large cloud instances
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _MOST_GPUS = 100_000
@@ -124,6 +125,11 @@ def check_sharding(sharding: Sharding, method: Method, training: Training) -> No
         raise SetupError(
             f"optimizer {training.optimizer} is not covered on the shards of sharding {kind}: its states are "
             "made for whole tensors; choose adamw or adamw-fused, or sharding ddp."
+        )
+    if sharding.is_fsdp and getattr(method, "lora_bias", "none") != "none" and training.precision in _HALF:
+        raise SetupError(
+            f"FSDP2 wants one type for all that a unit trains, with precision {training.precision} peft's "
+            "adapters are fp32 beside 16-bit biases; choose lora_bias none, or precision bf16-mixed."
         )
     if training.zero_grad != "none" and kind != "ddp":
         raise SetupError(

@@ -79,6 +79,7 @@ def test_what_no_launcher_could_start_is_refused(keys, words):
         ("zero3", {"precision": "bf16"}, None, "choose bf16-mixed, or sharding fsdp"),
         ("fsdp", {}, QLoRA(), "is not covered with method qlora"),
         ("fsdp", {"optimizer": "adamw-8bit"}, None, "is not covered on the shards"),
+        ("fsdp", {"precision": "bf16"}, LoRA(lora_bias="all"), "one type for all that a unit trains"),
         ("zero2", {"zero_grad": "zero", "precision": "bf16-mixed"}, None, "zero_grad zero is not covered"),
     ],
 )

@@ -120,7 +120,8 @@ def _simulate(job: Mapping[str, Any], emit: Callable[..., None]) -> None:
 
     gpu = Device.from_dict(job["device"]).gpu if job.get("device") else None
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
-    emit("report", report=simulate(_setup(job), gpu=gpu, allocator=AllocatorConfig.parse(settings)).to_dict())
+    config, rank = AllocatorConfig.parse(settings), job.get("rank")
+    emit("report", report=simulate(_setup(job), gpu=gpu, allocator=config, rank=rank).to_dict())
     gc.collect()
 
 

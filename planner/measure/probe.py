@@ -121,9 +121,10 @@ def simulated(
     *,
     device: Mapping[str, Any] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    rank: int | None = None,
 ) -> Prediction:
     """The simulation by a child, with its libraries; where there is none, the Prediction says why."""
-    child.ask("simulate", setup.to_dict(), device=dict(device) if device else None)
+    child.ask("simulate", setup.to_dict(), device=dict(device) if device else None, rank=rank)
     try:
         for event in _heard(child, time_limit_s, None, cancelled):
             if event["event"] == "refused":

@@ -42,7 +42,8 @@ def record_of(
         def hear(event: Mapping[str, Any]) -> None:
             if event["event"] == "device":
                 simulating = stack.enter_context(Child(python=python, cpu_only=True))
-                started.append(pool.submit(simulated, simulating, setup, time_limit_s, device=event))
+                options: dict[str, Any] = {"device": event, "rank": alone}
+                started.append(pool.submit(simulated, simulating, setup, time_limit_s, **options))
             if on_event is not None:
                 on_event(event)
 
