@@ -14,6 +14,7 @@ pages = [
     st.Page("planner/dashboard/plan.py", title="Plan", icon=":material/memory:", default=True),
     st.Page("planner/dashboard/measure.py", title="Measure", icon=":material/speed:"),
     st.Page("planner/dashboard/accuracy.py", title="Accuracy", icon=":material/target:"),
+    st.Page("planner/dashboard/sweeps.py", title="Sweeps", icon=":material/dataset:"),
     st.Page("planner/dashboard/method.py", title="Method", icon=":material/function:"),
 ]
 page = st.navigation(pages, position="top")

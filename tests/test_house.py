@@ -52,6 +52,7 @@ THIRD_PARTY = {
 # ... and late alone: the hub's client, the HTTP package it uses, a sweep's file format and its cluster.
 LATE = {("catalog/hub.py", "huggingface_hub"), ("catalog/hub.py", "?")}
 LATE |= {("sweep/tables.py", "pyarrow"), ("sweep/on_ray.py", "ray")}
+LATE |= {("dashboard/sweep_files.py", "pyarrow")}
 
 # Modules that reach the clock, the disk, the environment or other processes, and functions that do.
 OUTSIDE_MODULES = {
