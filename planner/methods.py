@@ -137,8 +137,8 @@ class PeftOfSize:
 class PeftConfig:
     """Any method that the peft library knows, from its adapter_config.json.
 
-    `peft_config_json` is the file's JSON object, canonical. `simulate` and `measure` run peft itself; formulas
-    know LoRA with most of its options, DoRA, IA3, LN, prompt and prefix tuning.
+    `peft_config_json` is the file's JSON object, canonical. `simulate` and `measure` run peft itself;
+    formulas know LoRA with most of its options, DoRA, IA3, LN, prompt and prefix tuning.
     """
 
     name = "peft"

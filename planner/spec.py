@@ -51,6 +51,7 @@ Loop = Literal["plain", "trainer"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
 _QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
+_OWN_LINEARS = ("falcon",)  # transformers, integrations/bitsandbytes.py: exactly nn.Linear is exchanged
 _FLASH_HEAD_LIMIT = 256  # aten/.../cuda/sdp_utils.cpp: check_head_dim_size_flash
 
 
@@ -138,7 +139,7 @@ class Setup:
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
         if isinstance(self.method, QLoRA):
-            _check_qlora(self.method, self.training)
+            _check_qlora(self.model, self.method, self.training)
         check_sharding(self.sharding, self.method, self.training)
 
     def to_dict(self) -> dict[str, Any]:
@@ -282,7 +283,12 @@ def _check_lora(model: Model, method: LoRA) -> None:
         )
 
 
-def _check_qlora(method: QLoRA, training: Training) -> None:
+def _check_qlora(model: Model, method: QLoRA, training: Training) -> None:
+    if model.config.get("model_type") in _OWN_LINEARS:
+        raise SetupError(
+            f"method qlora finds nothing to quantize in {model.id}: its linear layers are of a class of its "
+            "own, which transformers leaves as it is; choose lora."
+        )
     if method.lora_bias != "none":
         raise SetupError(
             f"lora_bias {method.lora_bias} is not covered with qlora: bitsandbytes changes the type of a "

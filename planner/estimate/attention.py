@@ -15,6 +15,7 @@ from planner.estimate.forms import LayerForm
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
+from planner.estimate.traits import TRAITS
 from planner.model import Architecture
 from planner.spec import Setup, Training
 
@@ -57,22 +58,29 @@ def attention_plan(
     grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16
     before Ampere (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
     """
-    training = setup.training
-    masked = prefix > 0
+    training, traits = setup.training, TRAITS[shape.family]
+    masked = prefix > 0 or traits.always_masked
     masked |= form.sliding and shape.sliding_window is not None and training.seq_len > shape.sliding_window
-    grouped = shape.num_key_value_heads < shape.num_attention_heads
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    # Falcon: a single key head meets all heads in the products, which copy it where there are several
+    # samples; several are copied to all heads before.
+    broadcast = traits.fused_qkv == "groups"
+    single = broadcast and groups == 1
+    if broadcast and (groups > 1 or training.micro_batch_size == 1):
+        groups = heads
+    grouped = groups < heads and not broadcast
     plan = partial(
         AttentionPlan,
         b=training.micro_batch_size,
         s=training.seq_len,
-        a=shape.num_attention_heads,
-        k=shape.num_key_value_heads,
+        a=heads,
+        k=groups,
         d=shape.head_dim,
         keys=training.seq_len + prefix,
         dropout=shape.attention_dropout,
     )
     if training.attention == "eager" or not shape.sdpa:
-        return plan(kernel="eager", masked=True, repeated=grouped)
+        return plan(kernel="eager", masked=True, repeated=groups < heads)
     if training.attention != "sdpa":
         repeated = grouped and (masked or training.attention == "efficient")
         return plan(kernel=training.attention, masked=masked, repeated=repeated)
@@ -81,6 +89,7 @@ def attention_plan(
     d = shape.head_dim
     repeated = grouped and masked
     bf16_refused = element == 2 and not training.precision.startswith("fp16") and capability < (8, 0)
+    bf16_refused |= single  # no kernel takes fewer key heads unless it is told
     kernel: Kernel = "math" if bf16_refused or (grouped and not masked) else "efficient"
     if half and not masked and d <= _FLASH_HEAD_LIMIT and not _flash_backward_fails(capability, shape):
         kernel = "flash"
@@ -138,12 +147,27 @@ def _queries_keys_values(
         q, k, v = (ops.linear(x, linear) for linear in form.attention_inputs)
         return (ops.scaled(q) if ops.traits.scaled_queries else q), k, v
     fused = ops.linear(x, form.attention_inputs[0])
+    if ops.traits.fused_qkv == "groups":
+        return _broadcast_groups(ops, fused, shape)
     queries = ops.tokens * shape.num_attention_heads * shape.head_dim
     keys = ops.tokens * shape.num_key_value_heads * shape.head_dim
     if ops.traits.fused_qkv == "slices":
         q, k, v = (ops.view(fused, numel) for numel in (queries, keys, keys))
         return q, k, v
     q, k, v = ops.split(fused, (queries, keys, keys))
+    return q, k, v
+
+
+def _broadcast_groups(ops: Operations, fused: Tensor, shape: Architecture) -> tuple[Tensor, Tensor, Tensor]:
+    """Falcon: q is a slice; k and v are taken out by index, several groups of them copied to all heads."""
+    queries = ops.tokens * shape.num_attention_heads * shape.head_dim
+    keys = ops.tokens * shape.num_key_value_heads * shape.head_dim
+    q = ops.view(fused, queries)
+    k, v = (ops.op((fused,), keys, fused.element) for _ in range(2))
+    if shape.num_key_value_heads > 1:
+        k, v = (ops.op((t,), queries, t.element) for t in (k, v))
+        q = ops.op((q,), queries, q.element)
+    ops.hold(fused)
     return q, k, v
 
 

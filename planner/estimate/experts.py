@@ -14,8 +14,9 @@ from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
 from planner.model import Architecture
+from planner.units import MIB
 
-__all__ = ["experts"]
+__all__ = ["experts", "router_note"]
 
 _INDEX_BYTES = 8  # int64
 
@@ -49,6 +50,23 @@ def experts(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) ->
     total = ops.cast(ops.op((restored,), x.numel, restored.element), x.element)
     ops.hold(x, chosen, both, weighted, *[weight for weight in merged if weight])
     return ops.bottleneck(total, h, form.bottleneck) if form.bottleneck else total
+
+
+def router_note(shape: Architecture, tokens: int, element: int) -> str:
+    """What the router's choice changes: nothing in grouped products, one expert's own tensors in a loop.
+
+    The fullest expert has T p / e tokens where all are alike and T at most, since a token chooses p different
+    ones; its own tensors are gate and up [n, 2 f] and its answer [n, h], `element` bytes each.
+    """
+    pairs = tokens * shape.experts_per_token
+    even = -(-pairs // shape.num_experts)
+    row_bytes = (2 * shape.expert_intermediate_size + shape.hidden_size) * element
+    smallest, largest = (f"{count * row_bytes / MIB:,.1f} MiB" for count in (even, tokens))
+    return (
+        f"Router: {pairs:,} token-expert pairs are computed in each layer whichever experts take them, so an "
+        "uneven router changes nothing here; where experts run one by one, the fullest one's tensors grow "
+        f"from {smallest} ({even:,} tokens, even) to {largest} (all {tokens:,} tokens)."
+    )
 
 
 def _merged(ops: Operations, weight: tuple[int, ...], added: tuple[int, int]) -> Tensor | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from planner.estimate.experts import router_note
 from planner.estimate.forms import model_form
 from planner.estimate.optimizers import clipping_bytes, states_are_known
 from planner.estimate.peft_form import peft_form
 from planner.estimate.rank_report import one_gpu
+from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
 from planner.estimate.stack import Stack, has_formulas, stack
@@ -265,7 +267,15 @@ def _not_known(setup: Setup) -> tuple[str, ...]:
 
 
 def _notes(setup: Setup, paged_bytes: int) -> tuple[str, ...]:
-    return (*_not_known_notes(setup), *((paged_note(paged_bytes),) if paged_bytes else ()))
+    paged = (paged_note(paged_bytes),) if paged_bytes else ()
+    return (*_not_known_notes(setup), *_router_notes(setup), *paged)
+
+
+def _router_notes(setup: Setup) -> tuple[str, ...]:
+    shape, training = setup.model.architecture, setup.training
+    if shape is None or shape.mlp != "experts" or not has_formulas(setup):
+        return ()
+    return (router_note(shape, training.micro_batch_size * training.seq_len, recipe_of(setup).compute),)
 
 
 def _not_known_notes(setup: Setup) -> tuple[str, ...]:

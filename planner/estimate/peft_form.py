@@ -101,7 +101,8 @@ def _peft_form(model: Model, values: dict[str, Any]) -> PeftForm | None:
         return None  # peft says what is wrong with it
 
 
-_NO_PREFIX = ("bloom", "gemma2", "gemma3_text")  # a cache of their own: peft_model.py, get_prompt
+# A cache or key heads of their own: peft_model.py, get_prompt.
+_NO_PREFIX = ("bloom", "falcon", "gemma2", "gemma3_text")
 
 
 def _takes_prompts(model: Model, kind: Kind) -> bool:

@@ -79,6 +79,7 @@ def has_formulas(setup: Setup) -> bool:
     return (
         shape is not None
         and shape.family in TRAITS
+        and not (shape.family == "falcon" and (shape.positions == "alibi" or not shape.parallel_residual))
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
     )
@@ -193,7 +194,7 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     if training.attention == "eager" or not shape.sdpa:
         kinds = (sliding > 0) + (sliding < shape.num_layers)
         return kinds * block_bytes(b * s * (s + prefix) * element)
-    if prefix:
+    if prefix or TRAITS[shape.family].always_masked:
         return block_bytes(b * s * (s + prefix))
     if shape.sliding_window is not None and sliding and s > shape.sliding_window:
         return block_bytes(b * s * s)

@@ -21,7 +21,8 @@ class Traits:
     layernorm_in_fp32: bool = False  # LayerNorm without weights on an fp32 copy
     rotary_cats: bool = False  # turned and unturned parts of a head are joined by `cat`
     rope_skips_every: int = 0  # every so-many-th layer has no rotary positions
-    fused_qkv: Literal["split", "slices"] = "split"
+    fused_qkv: Literal["split", "slices", "groups"] = "split"  # groups: keys and values copied out of it
+    always_masked: bool = False  # a mask is made where torch could do without
     scaled_queries: bool = False  # q is multiplied by a number before the kernel
     scaled_scores: bool = True  # eager scores are multiplied by a number after the product
     gelu_by_hand: bool = False  # an autograd function of the model's own that keeps its input alone
@@ -35,6 +36,10 @@ class Traits:
     returns_cache: bool = True  # the output holds a cache that was given, though `use_cache` is off
 
 
+# A softmax in the scores' own type, which are divided in place: models/falcon/modeling_falcon.py.
+_FALCON = Traits(
+    fused_qkv="groups", always_masked=True, softmax_in_own_type=True, scaled_scores=False
+)
 _BERT = Traits(softmax_in_own_type=True, normed_embeddings=True, masked_head=True, loss_in_own_type=True)
 _GEMMA = Traits(rms_weight_in_fp32=True, returns_cache=False)
 
@@ -48,6 +53,7 @@ TRAITS: dict[str, Traits] = {
         loss_in_own_type=True,
         dropout_after_attention=False,
     ),
+    "falcon": _FALCON,
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,

@@ -84,6 +84,7 @@ ROBERTA = "FacebookAI/roberta-large"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
+FALCON, FALCON_GROUPED = "tiiuae/falcon-7b", "tiiuae/falcon-40b"
 OTHER_OPTIMIZERS = (
     "adamw-single",
     "adamw-8bit",
@@ -222,6 +223,19 @@ CASES: list[Case] = [
     (MIXTRAL, LORA, {"micro_batch_size": 8, "seq_len": 2048, "activation_checkpointing": True}),
     (QWEN3_MOE, LORA, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 128}),
+    # Falcon: one key head for all, or several copied to all
+    *[
+        (model, method, {"micro_batch_size": 2, "seq_len": 512, "optimizer": "sgd"})
+        for model in (FALCON, FALCON_GROUPED)
+        for method in (FULL, LORA)
+    ],
+    *[
+        (model, ALL_LINEAR, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True})
+        for model in (FALCON, FALCON_GROUPED)
+    ],
+    (FALCON, LORA, {"micro_batch_size": 1, "seq_len": 1024, "attention": "eager"}),
+    (FALCON, ALL_LINEAR, {"micro_batch_size": 2, "seq_len": 512, "precision": "bf16-mixed"}),
+    (FALCON, IA3, {"micro_batch_size": 2, "seq_len": 512}),
     # QLoRA: 4 and 8 bits, alone and under autocast, with what each family and checkpointing do to them
     *[
         (model, method, {"micro_batch_size": 2, "seq_len": 512, "precision": precision})

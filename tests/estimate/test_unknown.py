@@ -71,6 +71,16 @@ def test_what_a_peft_configuration_asks_beyond_the_formulas_is_left_to_the_simul
     _named(report)
 
 
+def test_a_mixture_of_experts_says_what_its_router_can_change() -> None:
+    """Gate and up [n, 2 x 14,336] and the answer [n, 4,096] in bf16: n = 4,096 x 2 / 8 tokens, or all 4,096."""
+    setup = Setup(model="mistralai/Mixtral-8x7B-v0.1", method=LoRA(), training=Training(seq_len=4096))
+    (note,) = estimate(setup).notes
+    row_bytes = (2 * 14_336 + 4_096) * 2
+    assert "8,192 token-expert pairs" in note
+    assert f"from {1024 * row_bytes / MIB:.1f} MiB (1,024 tokens, even)" in note
+    assert f"to {4096 * row_bytes / MIB:.1f} MiB (all 4,096 tokens)" in note
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_phases_end_where_the_next_begins(precision: str) -> None:
     report = estimate(

@@ -75,6 +75,11 @@ def test_a_16_bit_attention_kernel_needs_autocast(attention: str) -> None:
     assert setup_of(LLAMA, attention=attention, precision="bf16-mixed")
 
 
+def test_linear_layers_of_a_class_of_their_own_are_not_quantized() -> None:
+    with pytest.raises(SetupError, match=r"nothing to quantize in tiiuae/falcon-7b.*choose lora"):
+        Setup(model="tiiuae/falcon-7b", method=QLoRA())
+
+
 def test_an_unknown_quantization_and_trained_biases_are_refused() -> None:
     with pytest.raises(SetupError, match="quantization must be one of nf4, nf4-double, int8, got 'fp4'"):
         QLoRA(quantization="fp4")  # type: ignore[arg-type]
