@@ -59,6 +59,7 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (TIED, FULL, MIXED, {"num_gpus": 4, "sharding": "ddp"}),
     (UNTIED, LORA, {**MIXED, "precision": "bf16"}, {"num_gpus": 4, "sharding": "ddp"}),
     (TIED, FULL, {**FUSED, "gradient_accumulation_steps": 2}, {"num_gpus": 8, "sharding": "ddp"}),
+    (UNTIED, LORA, {"micro_batch_size": 1, "seq_len": 64}, {"num_gpus": 4, "sharding": "ddp"}),
     # families, methods, and what they meet
     (GEMMA2, FULL, FUSED, EIGHT),
     (MOE, FULL, FUSED, EIGHT),
