@@ -117,6 +117,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         plain = q, k
         q, k = (ops.rotary(t, share, cats=ops.traits.rotary_cats) for t in plain)
         ops.hold(*plain)
+    wide = q.element > ops.recipe.compute  # rotated under autocast: the scores follow q's type
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     if ops.prefix:
@@ -128,7 +129,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         groups = shape.num_attention_heads // shape.num_key_value_heads
         k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
     if plan.kernel == "eager":
-        out = _eager(ops, q, k, v, plan, shape, setup.training)
+        out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
     if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "cudnn"):
@@ -270,6 +271,8 @@ def _eager(
     plan: AttentionPlan,
     shape: Architecture,
     training: Training,
+    *,
+    wide: bool,
 ) -> Tensor:
     """Scores, softmax and dropout as [b, a, s, s] each; softmax in fp32 keeps its fp32 output.
 
@@ -291,17 +294,25 @@ def _eager(
     if shape.attention_softcap is not None:
         inner = ops.scaled(scores)
         scores = ops.scaled(ops.op((inner,), n, element, keeps_output=True))
-    if plan.masked:
-        scores = ops.op((scores,), n, element, aliases=True)
-    single = element if ops.traits.softmax_in_own_type and not ops.recipe.autocast else 4
+    autocast = ops.recipe.autocast
+    if plan.masked:  # the mask has the embeddings' type: under autocast the sum is fp32
+        scores = ops.op((scores,), n, 4 if autocast else element, aliases=not autocast)
+    single = element if ops.traits.softmax_in_own_type and not autocast else 4
     converted = scores
-    if element == 2 and single == 4 and training.precision != "fp16":
+    if single == 4 and training.precision != "fp16":
         converted = ops.cast(scores, 4)
     scratch = block_bytes(n * single)
     probabilities = ops.op((converted,), n, single, keeps_output=True, scratch_bytes=scratch)
-    weights = ops.cast(probabilities, element)
-    ops.hold(scores)
+    late = autocast and (wide or ops.traits.softmax_type_stays)  # the product with v converts
+    if late:
+        ops.hold(scores)
+    weights = probabilities if late else ops.cast(probabilities, element)
+    if not late:
+        ops.hold(scores)
     dropped = ops.dropout(weights, shape.attention_dropout)
+    if late:  # else autograd keeps the very tensor
+        ops.handed_out.append(dropped)
+    dropped = ops.cast(dropped, element)
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
 

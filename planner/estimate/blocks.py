@@ -106,12 +106,14 @@ def _sorted_sums_bytes(tokens: int, table: TableForm) -> int:
 def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """One layer of x [T, h]."""
     if shape.parallel_residual:
-        return _parallel(ops, x, shape, form, setup)
-    if shape.norm_placement == "pre":
-        return _pre_norm(ops, x, shape, form, setup)
-    if shape.norm_placement == "sandwich":
-        return _sandwich(ops, x, shape, form, setup)
-    return _post_norm(ops, x, shape, form, setup)
+        block = _parallel
+    elif shape.norm_placement == "pre":
+        block = _pre_norm
+    else:
+        block = _sandwich if shape.norm_placement == "sandwich" else _post_norm
+    out = block(ops, x, shape, form, setup)
+    ops.hold(*ops.handed_out)
+    return out
 
 
 def _pre_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:

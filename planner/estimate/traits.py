@@ -27,6 +27,7 @@ class Traits:
     scaled_scores: bool = True  # eager scores are multiplied by a number after the product
     gelu_by_hand: bool = False  # an autograd function of the model's own that keeps its input alone
     softmax_in_own_type: bool = False  # the eager softmax does not ask for fp32
+    softmax_type_stays: bool = False  # nor is its output converted, which under autocast is fp32
     scaled_residual: bool = False  # what is added to the residual stream is multiplied first
     dropout_after_attention: bool = True
     normed_embeddings: bool = False
@@ -37,10 +38,14 @@ class Traits:
 
 
 # A softmax in the scores' own type, which are divided in place: models/falcon/modeling_falcon.py.
-_FALCON = Traits(
-    fused_qkv="groups", always_masked=True, softmax_in_own_type=True, scaled_scores=False
+_FALCON = Traits(fused_qkv="groups", always_masked=True, softmax_in_own_type=True, scaled_scores=False)
+_BERT = Traits(
+    softmax_in_own_type=True,
+    softmax_type_stays=True,
+    normed_embeddings=True,
+    masked_head=True,
+    loss_in_own_type=True,
 )
-_BERT = Traits(softmax_in_own_type=True, normed_embeddings=True, masked_head=True, loss_in_own_type=True)
 _GEMMA = Traits(rms_weight_in_fp32=True, returns_cache=False)
 
 TRAITS: dict[str, Traits] = {
@@ -48,6 +53,7 @@ TRAITS: dict[str, Traits] = {
     "bloom": Traits(fused_qkv="slices", normed_embeddings=True, scaled_scores=False, gelu_by_hand=True),
     "distilbert": Traits(
         softmax_in_own_type=True,
+        softmax_type_stays=True,
         normed_embeddings=True,
         masked_head=True,
         loss_in_own_type=True,

@@ -21,6 +21,7 @@ from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConf
 
 from .shapes import shortened
 from .step_cases import STEP_CASES
+from .varied_setups import VARIED, Varied
 
 MIB = 2**20
 FULL = FullFineTuning()
@@ -291,7 +292,9 @@ CASES: list[Case] = [
 ]
 
 
-def _label(case: Case) -> str:
+def _label(case: Case | Varied) -> str:
+    if isinstance(case, Varied):
+        return case.text
     model, method, training = case
     values = [str(value) for value in training.values()]
     name = getattr(method, "quantization", method.name)
@@ -304,18 +307,24 @@ def _apart(given: float, wanted: float) -> str:
     return f"{100 * (given / wanted - 1):+.2f} %" if wanted else "-"
 
 
-@pytest.mark.parametrize("case", CASES, ids=_label)
-def test_estimate_is_within_two_percent_of_the_simulation(
-    case: Case, record_property: Callable[[str, object], None]
-) -> None:
+def _setup(case: Case | Varied) -> Setup:
+    if isinstance(case, Varied):
+        return case.setup()
     model, method, training = case
-    needs_bitsandbytes = isinstance(method, QLoRA) or training.get("optimizer") in EIGHT_BIT
-    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed; tests/requirements.txt brings it")
     chosen = {name: value for name, value in training.items() if name != "gpu"}
-    setup = Setup(
+    return Setup(
         model=shortened(model), method=method, training=Training(**chosen), gpu=training.get("gpu")
     )
+
+
+@pytest.mark.parametrize("case", [*CASES, *VARIED], ids=_label)
+def test_estimate_is_within_two_percent_of_the_simulation(
+    case: Case | Varied, record_property: Callable[[str, object], None]
+) -> None:
+    setup = _setup(case)
+    needs_bitsandbytes = isinstance(setup.method, QLoRA) or setup.training.optimizer in EIGHT_BIT
+    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed; tests/requirements.txt brings it")
     said, simulated = estimate(setup), simulate(setup)
     peak = simulated.peak_allocated_bytes
     part = max(PARTS, key=lambda name: abs(_difference(said, simulated, name)))
