@@ -25,7 +25,7 @@ from planner.estimate.parameters import parameters
 from planner.export import BITSANDBYTES, REQUIREMENTS, exported
 from planner.export.methods import PIECES
 from planner.optimizers import EIGHT_BIT, Optimizer
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, Setup, Training
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, QLoRA, Setup, Training
 from planner.training.recipe import no_autocast
 from planner.training.run import TrainingRun
 
@@ -360,6 +360,7 @@ def test_the_script_is_plain_python_that_uses_what_it_imports(method: str) -> No
     methods = {
         "adapter": METHODS["houlsby"],
         "peft-config": PeftConfig(peft_config_json='{"peft_type": "IA3"}'),
+        "qlora": QLoRA(),
     }
     text = exported(planned(method=methods.get(method) or METHODS[method]))["train.py"]
     tree = ast.parse(text)

@@ -14,7 +14,7 @@ from planner.export.methods import PIECES, piece_name
 from planner.export.script import script
 from planner.export.settings import settings
 from planner.optimizers import EIGHT_BIT
-from planner.spec import PeftOfSize, Setup
+from planner.spec import PeftOfSize, QLoRA, Setup
 from planner.units import count, gib
 
 __all__ = ["BITSANDBYTES", "DEEPSPEED", "REQUIREMENTS", "exported", "why_not"]
@@ -45,7 +45,8 @@ def exported(setup: Setup) -> dict[str, str]:
     if reason:
         raise SetupError(reason)
     values = settings(setup)
-    own: tuple[str, ...] = (BITSANDBYTES,) if setup.training.optimizer in EIGHT_BIT else ()
+    eight_bits = setup.training.optimizer in EIGHT_BIT
+    own: tuple[str, ...] = (BITSANDBYTES,) if eight_bits or _quantizes(setup) else ()
     own += (DEEPSPEED,) if setup.sharding.zero_stage else ()
     return {
         **(launch_files(setup) if setup.sharding.is_distributed else {}),
@@ -68,9 +69,15 @@ def why_not(setup: Setup) -> str | None:
         return "precision textbook is a sum worked by hand, no library runs it; export bf16 or bf16-mixed."
     if setup.training.loop != "plain":
         return f"export writes the loop plain, not {setup.training.loop}; choose loop plain."
+    if _quantizes(setup) and setup.sharding.is_distributed:
+        return "export writes qlora for one GPU; choose num_gpus 1, or method lora."
     if piece_name(setup.method) not in PIECES:
         return f"export has no script for method {setup.method.name}; choose from {', '.join(PIECES)}."
     return None
+
+
+def _quantizes(setup: Setup) -> bool:
+    return isinstance(setup.method, QLoRA)
 
 
 def _json(values: dict[str, Any]) -> str:

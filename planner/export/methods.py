@@ -14,6 +14,7 @@ class Piece:
     """`attached` and `save` are functions as text; the rest says what they import.
 
     `whole`: saved by `save_pretrained`, and not as the trained tensors alone. `modules`: defines some.
+    `quantized`: the weights are quantized while they are loaded.
     """
 
     attached: str
@@ -21,6 +22,7 @@ class Piece:
     peft: bool = False
     whole: bool = False
     modules: bool = False
+    quantized: bool = False
     standard: tuple[str, ...] = ()
 
 
@@ -59,6 +61,38 @@ def attached(model, settings):
         task_type=settings["task_type"],
     )
     return peft.get_peft_model(model, config)
+'''
+
+_QLORA = '''
+
+def quantization(settings):
+    """How bitsandbytes holds the linear layers; it computes in the planned 16-bit type."""
+    if settings["quantization"] == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=weight_dtype(settings),
+        bnb_4bit_use_double_quant=settings["quantization"] == "nf4-double",
+    )
+
+
+def attached(model, settings):
+    """QLoRA by peft: what is not quantized in fp32, two small matrices beside each target."""
+    prepared = peft.prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=settings["activation_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    config = peft.LoraConfig(
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings["lora_dropout"],
+        target_modules=settings["target_modules"],
+        bias=settings["lora_bias"],
+        task_type=settings["task_type"],
+    )
+    return peft.get_peft_model(prepared, config)
 '''
 
 _PEFT_CONFIG = '''
@@ -122,6 +156,9 @@ _SAVE_PEFT = _SAVE_PRETRAINED.format(what="The adapter: `peft.PeftModel.from_pre
 PIECES: dict[str, Piece] = {
     "full": Piece(attached=_FULL, save=_SAVE_PRETRAINED.format(what="The whole model."), whole=True),
     "lora": Piece(attached=_LORA, save=_SAVE_PEFT, peft=True, whole=True),
+    "qlora": Piece(
+        attached=_QLORA, save=_SAVE_PEFT, peft=True, whole=True, quantized=True, standard=("tempfile",)
+    ),
     "peft-config": Piece(attached=_PEFT_CONFIG, save=_SAVE_PEFT, peft=True, whole=True),
     "adapter": Piece(attached=_ADAPTER, save=_SAVE_TENSORS, modules=True, standard=("re",)),
     "bitfit": Piece(attached=_BITFIT, save=_SAVE_TENSORS),

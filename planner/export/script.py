@@ -33,9 +33,9 @@ import contextlib
 
 {bitsandbytes}{peft}import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator{partial}
 {safetensors}{nn}{fsdp}from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, {auto_class}, AutoTokenizer
+from transformers import AutoConfig, {auto_class}, AutoTokenizer{quantization}
 from transformers.integrations import sdpa_attention
 
 HERE = Path(__file__).resolve().parent
@@ -101,17 +101,36 @@ def loaded(name, settings):
     config = AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
     config.use_cache = False
 {config}    options = {{"config": config, "trust_remote_code": False}}
-    options["dtype"] = WEIGHTS[settings["precision"]]
+    options["dtype"] = {dtype}
     if settings["attention"] == "eager":
         options["attn_implementation"] = "eager"
-    if folder and not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        return {auto_class}.from_config(**options)
-    return {auto_class}.from_pretrained(folder or name, **options)
+{random}    return {auto_class}.from_pretrained(folder or name, **options)
 
 
 def folder_of(name):
     """The folder that a name means, here or beside this file; None for an id of the hub."""
     return next((path for path in (Path(name), HERE / name) if path.is_dir()), None)
+'''
+
+_RANDOM = """\
+    if folder and not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        return {auto_class}.from_config(**options)
+"""
+
+_RANDOM_QUANTIZED = """\
+    quantized = {{"quantization_config": quantization(settings), "device_map": {{"": PartialState().device}}}}
+    if folder and not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        with tempfile.TemporaryDirectory() as saved:  # weights are quantized as they are read
+            {auto_class}.from_config(**options).save_pretrained(saved)
+            return {auto_class}.from_pretrained(saved, **options, **quantized)
+    options |= quantized
+"""
+
+_WEIGHT_DTYPE = '''
+
+def weight_dtype(settings):
+    """The type in which the weights are read, and bitsandbytes computes: 16 bits, autocast or not."""
+    return WEIGHTS[AUTOCAST.get(settings["precision"], settings["precision"])]
 '''
 
 _STEP = '''
@@ -250,6 +269,7 @@ def script(setup: Setup) -> str:
     shared = setup.sharding.is_distributed
     task, eight_bits = setup.model.task, setup.training.optimizer in EIGHT_BIT
     piece = PIECES[piece_name(setup.method)]
+    quantized, lines = piece.quantized, shared_lines(setup) if shared else _ALONE
     head = _HEAD.format(
         auto_class=_AUTO_CLASSES[task],
         standard="".join(f"import {name}\n" for name in piece.standard),
@@ -258,9 +278,13 @@ def script(setup: Setup) -> str:
         safetensors="" if piece.whole else "from safetensors.torch import save_file\n",
         nn="from torch import nn\n" if piece.modules else "",
         config=_DECODER_START if task == "seq2seq-lm" else "",
-        **(shared_lines(setup) if shared else _ALONE),
+        random=(_RANDOM_QUANTIZED if quantized else _RANDOM).format(auto_class=_AUTO_CLASSES[task]),
+        dtype="weight_dtype(settings)" if quantized else 'WEIGHTS[settings["precision"]]',
+        partial=", PartialState" if quantized else "",
+        quantization=", BitsAndBytesConfig" if quantized else "",
+        **({**lines, "to_device": ""} if quantized else lines),
     )
     step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
     step = step.replace("{one_step}", SHARED_STEP if shared else _ONE_STEP)
     save = shared_save(piece) if shared else piece.save
-    return head + piece.attached + step + _EXAMPLES[task] + save + _END
+    return head + (_WEIGHT_DTYPE if quantized else "") + piece.attached + step + _EXAMPLES[task] + save + _END

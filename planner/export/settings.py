@@ -9,7 +9,7 @@ from planner.catalog.hub import is_hub_id
 from planner.catalog.outputs import OUTPUTS, takes_adapter
 from planner.estimate import estimate
 from planner.model import Model
-from planner.spec import Adapter, LoRA, PeftConfig, Setup
+from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
 from planner.targets import lora_targets
 
 __all__ = ["settings"]
@@ -64,6 +64,7 @@ def _method(setup: Setup) -> dict[str, Any]:
             "target_modules": _targets(model, method.target_modules),
             "lora_bias": method.lora_bias,
             "task_type": _PEFT_TASKS[model.task],
+            **({"quantization": method.quantization} if isinstance(method, QLoRA) else {}),
         }
     if isinstance(method, Adapter):
         return _adapter(model, method)
