@@ -100,7 +100,9 @@ def forward_moments(plan: Plan, layers: Stack, gradients: int, earlier_logits: i
     kept = 0 if plan.reshards else kept
     waiting += first.kept_bytes + first.copied_bytes + first.pinned_bytes
     for index, (stretch, unit) in enumerate(zip(_expanded(layers), plan.layers, strict=True)):
-        yield alive(waiting + plan.hidden_bytes, held + kept + before.buffer + unit.arriving_bytes)
+        ahead = max(0, plan.following(index - 1) - unit.buffer)
+        arriving = before.buffer + unit.arriving_bytes + ahead
+        yield alive(waiting + plan.hidden_bytes, held + kept + arriving)
         gathered = held + kept + unit.gathered + unit.buffer + plan.following(index)
         yield alive(waiting + stretch.input_bytes + stretch.forward_peak_bytes, gathered)
         waiting += stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
@@ -166,7 +168,7 @@ def backward_moments(plan: Plan, layers: Stack, accumulated: int) -> Iterator[Al
         yield alive(waiting + plan.hidden_bytes, buffers + plan.tail.reduce_input + (0 if again else made))
         gradients += plan.tail.gradients + plan.tail.waiting_reduced - (plan.tail.accumulated if again else 0)
         reducing = plan.tail.reduce_input
-        yield alive(waiting + plan.hidden_bytes, buffers + plan.tail.reducing_bytes)
+        yield alive(waiting + plan.hidden_bytes, buffers + plan.tail.reducing_bytes(accumulated=again))
     for index in range(len(plan.layers) - 1, -1, -1):
         unit, stretch = plan.layers[index], stretches[index]
         if stretch.backward is None:
@@ -195,7 +197,7 @@ def backward_moments(plan: Plan, layers: Stack, accumulated: int) -> Iterator[Al
         yield alive(waiting + plan.hidden_bytes, buffers + own + unit.reduce_input)
         gradients += unit.gradients + unit.waiting_reduced - (unit.accumulated if again else 0)
         reducing = unit.reduce_input
-        yield alive(waiting + plan.hidden_bytes, buffers + unit.reducing_bytes)
+        yield alive(waiting + plan.hidden_bytes, buffers + unit.reducing_bytes(accumulated=again))
     else:
         first, outer = layers.stretches[0], (plan.root, plan.tail if plan.tied else plan.embedding)
         held += plan.embedding.gathered if plan.reshards else 0
@@ -210,7 +212,7 @@ def backward_moments(plan: Plan, layers: Stack, accumulated: int) -> Iterator[Al
             yield alive(layers.inputs_bytes, (0 if again else left) + unit.reduce_input)
             gradients += unit.gradients - (unit.accumulated if again else 0)
             left -= unit.unsharded_gradients
-            yield alive(layers.inputs_bytes, (0 if again else left) + unit.reducing_bytes)
+            yield alive(layers.inputs_bytes, (0 if again else left) + unit.reducing_bytes(accumulated=again))
 
 
 def step_moments(setup: Setup, forward: Plan, backward: Plan, layers: Stack) -> Iterator[Alive]:

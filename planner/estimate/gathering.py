@@ -24,9 +24,9 @@ class UnitMemory:
     `gathered`: the whole weights; `buffer`: the all-gather's output, as large again; `copied`: the shards in
     the gathered type, while the buffer is filled. `unsharded_gradients` are autograd's, `accumulated` what
     waits of them for the last micro batch, `reduce_input` and `reduce_output` the reduce-scatter's,
-    `gradients` what the rank keeps of it. `last_gradient`: the unit's last one, which a loop's variable in
-    `foreach_reduce` holds until it returns. `waiting_reduced`: HSDP holds the reduced shard in the
-    reduction's type to the end of the backward pass.
+    `gradients` what the rank keeps of it. `last_gradient`: the unit's last one (`last_accumulated` where
+    some waited), which a loop's variable in `foreach_reduce` holds until it returns. `waiting_reduced`:
+    HSDP holds the reduced shard in the reduction's type to the end of the backward pass.
     """
 
     gathered: int = 0
@@ -37,6 +37,7 @@ class UnitMemory:
     reduce_input: int = 0
     reduce_output: int = 0
     last_gradient: int = 0
+    last_accumulated: int = 0
     gradients: int = 0
     waiting_reduced: int = 0
 
@@ -45,11 +46,11 @@ class UnitMemory:
         """The most while the unit is gathered: the buffer with the cast shards, then with whole weights."""
         return self.buffer + max(self.copied, self.gathered)
 
-    @property
-    def reducing_bytes(self) -> int:
+    def reducing_bytes(self, *, accumulated: bool) -> int:
         """What the reduction holds beside what stays of it when its output has been cast."""
         stays = self.gradients + self.waiting_reduced
-        return self.reduce_input + self.reduce_output + self.last_gradient - stays
+        last = self.last_accumulated if accumulated else self.last_gradient
+        return self.reduce_input + self.reduce_output + last - stays
 
 
 def unit_memory(
@@ -89,6 +90,7 @@ def unit_memory(
         reduce_input=block_bytes(ranks * reduced),
         reduce_output=block_bytes(reduced) + (block_bytes(kept) if recast else 0),
         last_gradient=block_bytes(whole[-1]) if whole else 0,
+        last_accumulated=block_bytes(later[-1]) if later else 0,
         gradients=0 if offloaded else block_bytes(kept),
         waiting_reduced=block_bytes(reduced) if replicated and recast else 0,
     )

@@ -69,6 +69,7 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (UNTIED, LORA, {**MIXED, "precision": "bf16"}, {"num_gpus": 4, "sharding": "fsdp"}),
     (UNTIED, LORA, {**FUSED, "activation_checkpointing": True}, {"num_gpus": 8, "sharding": "fsdp-grad-op"}),
     (TIED, LORA, FUSED, {**EIGHT, "cpu_offload": "parameters"}),
+    (TIED, LORA, MIXED, {"num_gpus": 64, "sharding": "fsdp-grad-op", "prefetch": 2}),
     (UNTIED, FULL, {**FUSED, "gradient_accumulation_steps": 2}, {"num_gpus": 16, "sharding": "hsdp"}),
     (UNTIED, FULL, {**FUSED, "optimizer": "sgd"}, {**EIGHT, "prefetch": 1}),
     (UNTIED, FULL, {**FUSED, "optimizer": "adamw-single", "clip_grad_norm": 1.0}, EIGHT),
