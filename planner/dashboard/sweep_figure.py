@@ -16,6 +16,7 @@ MOST_POINTS = 2000
 _SYMBOLS = {"fits": "circle", "tight": "diamond", "does not fit": "x", "not known": "square-open"}
 _NO_WORD = "no answer"
 _LONGEST_TICK = 24
+_MOST_TICKS = 8
 
 
 def sweep_figure(rows: pd.DataFrame, across: str, title: str, verdict: str) -> go.Figure:
@@ -55,13 +56,14 @@ def sweep_figure(rows: pd.DataFrame, across: str, title: str, verdict: str) -> g
     figure.update_layout(
         height=360,
         margin={"l": 0, "r": 8, "t": 8, "b": 0},
+        showlegend=True,
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
         hovermode="closest",
         xaxis={"title": _safe(title), "fixedrange": True, "type": kind},
         yaxis={"title": "Peak allocated, GiB", "fixedrange": True, "rangemode": "tozero"},
     )
-    if many and rows[across].nunique() <= 12:
-        ticks = sorted(_values(rows, across))
+    if number and rows[across].nunique() <= _MOST_TICKS:
+        ticks = sorted(set(_values(rows.dropna(subset=[across]), across)))
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     return figure
 
