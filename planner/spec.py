@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
+from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
 from planner.methods import (
     METHODS,
     Adapter,
@@ -47,7 +48,6 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
-Loop = Literal["plain", "trainer"]
 
 _HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
 _QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
@@ -65,7 +65,7 @@ class Training:
     torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
     is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
-    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not.
+    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few.
     """
 
     micro_batch_size: int = 1
@@ -78,6 +78,7 @@ class Training:
     clip_grad_norm: float | None = None
     zero_grad: ZeroGrad = "none"
     loop: Loop = "plain"
+    loss: Loss = "full"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use. Raises SetupError."""
@@ -87,7 +88,7 @@ class Training:
         choice("optimizer", self.optimizer, get_args(Optimizer))
         choice("attention", self.attention, get_args(Attention))
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
-        choice("loop", self.loop, get_args(Loop))
+        check_step(self.loop, self.loss)
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
                 f"activation_checkpointing must be true or false, got {self.activation_checkpointing!r}."
@@ -138,6 +139,7 @@ class Setup:
         object.__setattr__(self, "sharding", sharding or Sharding())
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
+        check_loss(self.training.loss, self.model, shared=self.sharding.is_distributed)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)
         check_sharding(self.sharding, self.method, self.training)
@@ -182,7 +184,7 @@ class Setup:
         sharding = Sharding(**_taken(Sharding, values))
         if values:
             key = next(iter(values))
-            raise SetupError(f"unknown setting {key!r}; {nearest(key, _all_keys())}")
+            raise SetupError(NOT_COVERED.get(key) or f"unknown setting {key!r}; {nearest(key, _all_keys())}")
         return cls(model=model, method=method, training=training, gpu=gpu, sharding=sharding)
 
     def replace(self, **changes: Any) -> Setup:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from planner.losses import LOSS_CHUNK_TOKENS
 from planner.spec import Adapter, FullFineTuning, LoRA, Setup
 
 __all__ = ["IDEAS", "LORA", "PRICES", "Idea", "Price"]
@@ -59,6 +60,12 @@ def _half_batch(setup: Setup) -> Mapping[str, Any] | None:
 
 def _checkpointing(setup: Setup) -> Mapping[str, Any] | None:
     return None if setup.training.activation_checkpointing else {"activation_checkpointing": True}
+
+
+def _chunked_loss(setup: Setup) -> Mapping[str, Any] | None:
+    training = setup.training
+    several = training.micro_batch_size * training.seq_len > LOSS_CHUNK_TOKENS
+    return {"loss": "chunked"} if training.loss == "full" and several else None
 
 
 def _sixteen_bits(setup: Setup) -> Mapping[str, Any] | None:
@@ -179,6 +186,13 @@ IDEAS = (
         # Hugging Face transformers documentation, "Gradient checkpointing": about 20 % slower.
         cost="about 20 % more time: activations are computed again in the backward pass",
         keys=_checkpointing,
+    ),
+    Idea(
+        price="time",
+        words="Make the logits of 1,024 tokens at a time (loss chunked)",
+        short="chunked loss",
+        cost="some time: the output layer is computed again in the backward pass",
+        keys=_chunked_loss,
     ),
     Idea(
         price="numerics",

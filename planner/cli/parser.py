@@ -23,6 +23,7 @@ from planner.cli import (
 )
 from planner.cli.reply import Reply
 from planner.errors import SetupError, nearest
+from planner.losses import NOT_COVERED
 from planner.version import __version__
 
 __all__ = ["VERBS", "Parser", "Verb", "program"]
@@ -92,7 +93,8 @@ class _Program(Parser):
             raise SetupError(f"unknown verb {name!r}; {nearest(name, self.verbs)}")
         parsed, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            raise SetupError(self._unknown(unknown[0], name))
+            asked = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
+            raise SetupError(NOT_COVERED.get(asked) or self._unknown(unknown[0], name))
         if name is None:
             raise SetupError(f"no verb is given; write one of {', '.join(self.verbs)}, or --help.")
         parsed.json = getattr(parsed, "json", False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES
+from planner.losses import LOSS_CHUNK_TOKENS
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup
@@ -193,6 +194,15 @@ def _logits(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     shape, training = setup.model.architecture, setup.training
     if shape is None:
         return r"?", "The architecture has no closed formula; a simulation of the step knows it.", "not known"
+    if training.loss == "chunked":
+        some = min(LOSS_CHUNK_TOKENS, training.micro_batch_size * training.seq_len)
+        return (
+            r"n \cdot v \cdot (4 + 4 + 4)",
+            f"n v = {some:,} x {shape.vocab_size:,}: logits of at most {LOSS_CHUNK_TOKENS:,} tokens at a "
+            "time, made again in the backward pass: log-softmax, its gradient and the logits' one in fp32, "
+            "and a second gradient of the output weight where it is trained.",
+            "planner/training/losses.py; torch.utils.checkpoint; aten/src/ATen/native/cuda/SoftMax.cu",
+        )
     return (
         r"b \cdot s \cdot v \cdot (e_c + 4 + \ldots)",
         f"b s v = {training.micro_batch_size} x {training.seq_len:,} x {shape.vocab_size:,}: the logits in "

@@ -85,6 +85,7 @@ FIELD_LABELS = {
     "clip_grad_norm": "Gradient clipping",
     "zero_grad": "Gradients after a step",
     "loop": "Training loop",
+    "loss": "Loss",
     "lora_rank": "Rank r",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",
@@ -122,6 +123,8 @@ FIELD_HELP = {
     "zero_grad": "none gives gradients up, as torch does; zero keeps them through the next forward pass.",
     "loop": "plain says outputs = model(**batch) and so keeps the logits to the end of the step; "
     "Hugging Face's Trainer gives them up before the backward pass.",
+    "loss": "full makes the logits of all tokens at once; chunked those of 1,024 tokens at a time, and once "
+    "more in the backward pass.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
     "lora_dropout": "Dropout on each adapter's input; above 0 it keeps a mask.",
     "lora_bias": "none, all biases, or those of the target layers only.",
@@ -145,7 +148,8 @@ NOT_COUNTED = (
     "Other processes on the card, and what a desktop draws there.",
     "Evaluation during training, above all generation with its key-value cache.",
     "Tensor, pipeline and expert parallelism: several GPUs share a run by its data alone.",
-    "Kernels that replace parts of the model (fused losses, compiled graphs), and packed sequences.",
+    "Kernels that replace parts of the model (Liger's fused loss), and packed or padded sequences.",
+    "torch.compile: the compiler decides by version and device what it keeps, fuses or computes again.",
     "The host's memory: data loading, pinned buffers and loading the checkpoint.",
 )
 GLOSSARY = {

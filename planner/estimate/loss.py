@@ -15,7 +15,7 @@ from planner.estimate.tape import Moment, Tensor
 from planner.model import Architecture
 from planner.spec import Training
 
-__all__ = ["LossMemory", "hidden_for_head", "loss_memory"]
+__all__ = ["LossMemory", "chunked_loss_memory", "hidden_for_head", "loss_memory"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossMemory:
@@ -88,6 +88,49 @@ def loss_memory(
         waiting_bytes=weights if form.head_table_trained else 0,
         input_kept=hidden in keepers,
         output_bytes=output if training.loop == "plain" else 0,
+    )
+
+
+def chunked_loss_memory(
+    ops: Operations,
+    hidden: Tensor,
+    form: ModelForm,
+    shape: Architecture,
+    training: Training,
+    *,
+    accumulates: bool,
+) -> LossMemory:
+    """Head and loss on n = 1,024 tokens at a time, each chunk made again in the backward pass.
+
+    `ops` are of n tokens; planner/training/losses.py. Kept is the head's input alone, no logits. Backward, at
+    the chunk that comes last: what `loss_memory` says of n tokens, beside the gradients of all other tokens'
+    inputs [T - n, h], and the sum of the weight's gradients so far. Under autocast all chunks share one
+    16-bit copy of the weight: it lives through the forward pass, its gradients are summed in 16 bits.
+    """
+    some = Tensor(ops.tokens * form.head.inputs, hidden.element, hidden.needs_grad)
+    chunk = loss_memory(ops, some, form, shape, training, accumulates=accumulates)
+    others = block_bytes((hidden.numel - some.numel) * hidden.element) if hidden.needs_grad else 0
+    product = _product_bytes(ops, form) if chunk.weight_bytes and ops.recipe.autocast else chunk.weight_bytes
+    summed = product if hidden.numel > some.numel else 0
+    copies = [node.outputs[0] for node in ops.nodes if not node.inputs] if ops.copied_bytes else []
+    moment = chunk.backward
+    again_bytes = ops.forward_peak_bytes(ops.keepers(), recomputed=True)
+    if again_bytes > moment.total_bytes:
+        moment = Moment(again_bytes, 0, 0)
+    moment = Moment(
+        moment.kept_bytes, moment.temporaries_bytes + others, moment.gradients_bytes + summed
+    )
+    cast = Moment(0, others + some.size_bytes + product, chunk.weight_bytes)
+    if summed and ops.recipe.autocast and cast.total_bytes > moment.total_bytes:
+        moment = cast
+    return LossMemory(
+        forward_peak_bytes=ops.forward_peak_bytes(dict.fromkeys(copies, 1)),
+        kept_bytes=0,
+        backward=moment,
+        weight_bytes=chunk.weight_bytes,
+        waiting_bytes=chunk.waiting_bytes,
+        input_kept=True,
+        output_bytes=0,
     )
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
-from planner.estimate.loss import LossMemory, hidden_for_head, loss_memory
+from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import block_bytes, packed_bytes
 from planner.estimate.tape import Moment, Tensor
 from planner.estimate.traits import TRAITS
+from planner.losses import LOSS_CHUNK_TOKENS
 from planner.model import Architecture
 from planner.spec import PeftConfig, PeftOfSize, Setup, Training
 from planner.units import MIB
@@ -141,9 +142,11 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
             x = out
     ops, start = _operations(setup, shape), _input(x)
     hidden = hidden_for_head(ops, start, form, shape)
-    loss = loss_memory(
-        _operations(setup, shape), _input(hidden), form, shape, training, accumulates=accumulates
-    )
+    head, memory = _operations(setup, shape), loss_memory
+    if training.loss == "chunked":
+        head.tokens = min(head.tokens, LOSS_CHUNK_TOKENS)
+        memory = chunked_loss_memory
+    loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
     stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
     return Stack(
         stretches=tuple(stretches),

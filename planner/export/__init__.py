@@ -71,6 +71,8 @@ def why_not(setup: Setup) -> str | None:
         return f"export writes the loop plain, not {setup.training.loop}; choose loop plain."
     if _quantizes(setup) and setup.sharding.is_distributed:
         return "export writes qlora for one GPU; choose num_gpus 1, or method lora."
+    if setup.training.loss != "full":
+        return f"export writes the loss full, not {setup.training.loss}; choose loss full."
     if piece_name(setup.method) not in PIECES:
         return f"export has no script for method {setup.method.name}; choose from {', '.join(PIECES)}."
     return None

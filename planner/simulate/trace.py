@@ -113,7 +113,10 @@ class Modules:
         self._mark()
         if module is self._head:
             self.in_head = True
-            self.head_sequence = torch._C._autograd._get_sequence_nr()
+            if self.head_sequence is None:  # a chunked loss enters it again, in the backward pass too
+                self.head_sequence = torch._C._autograd._get_sequence_nr()
+        elif self.forward_end is not None and self._names.get(id(self._head)) not in self.stack:
+            self.in_head = False
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if id(module) in self._names and self.stack:
@@ -257,7 +260,7 @@ class Tracer(TorchDispatchMode):
             if node is None:
                 return "logits_and_loss", False
             if torch.is_grad_enabled():
-                return "activations", True  # a recomputation
+                return ("logits_and_loss" if self.modules.in_head else "activations"), True  # made again
             return ("logits_and_loss" if self.modules.in_loss(_sequence(node)) else "temporaries"), True
         if phase == "optimizer_step":
             return "temporaries", False

@@ -15,6 +15,7 @@ from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels
 from planner.training.batches import tokens_asked_for
 from planner.training.build import loaded, skeleton
+from planner.training.losses import chunked
 from planner.training.optimizers import optimizer_for, require_library
 from planner.training.peft_config import method_batch, refuse_unknown
 from planner.training.recipe import Autocast, autocast_dtype, cuda_autocast, loaded_dtype
@@ -68,6 +69,8 @@ class TrainingRun:
             from planner.training.quantize import quantizable
 
             self.net = quantizable(self.net, setup.method, loaded_dtype(setup))
+        if setup.training.loss == "chunked":
+            self.net = chunked(self.net)
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
