@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
+from planner.kernels import HALF_ONLY, Attention, check_attention
 from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
 from planner.methods import (
     METHODS,
@@ -47,12 +48,9 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
-Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
 
-_HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
 _QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
 _OWN_LINEARS = ("falcon",)  # transformers, integrations/bitsandbytes.py: exactly nn.Linear is exchanged
-_FLASH_HEAD_LIMIT = 256  # aten/.../cuda/sdp_utils.cpp: check_head_dim_size_flash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,7 @@ class Training:
         if self.clip_grad_norm is not None:
             number("clip_grad_norm", self.clip_grad_norm, low=0.0, low_allowed=False)
         check_optimizer(self)
-        if self.attention in _HALF_ONLY and self.precision == "fp32":
+        if self.attention in HALF_ONLY and self.precision == "fp32":
             raise SetupError(
                 f"attention {self.attention} needs a 16-bit precision, got fp32; "
                 "choose bf16 or bf16-mixed, or attention sdpa, efficient or eager."
@@ -301,7 +299,7 @@ def _check_qlora(model: Model, method: QLoRA, training: Training) -> None:
             f"method qlora computes in 16 bits over quantized weights, precision {training.precision} does "
             f"not; choose {', '.join(_QLORA_PRECISIONS)}."
         )
-    if training.attention in _HALF_ONLY and not training.precision.endswith("-mixed"):
+    if training.attention in HALF_ONLY and not training.precision.endswith("-mixed"):
         raise SetupError(
             f"attention {training.attention} takes 16-bit numbers, and qlora with precision "
             f"{training.precision} attends in fp32; choose bf16-mixed, or attention sdpa, efficient or eager."
@@ -329,17 +327,7 @@ def _check_training(model: Model, training: Training) -> None:
             f"seq_len {training.seq_len:,} is beyond the {model.max_positions:,} positions of {model.id}; "
             f"give at most {model.max_positions}."
         )
-    known = model.architecture
-    if known and not known.sdpa and training.attention not in ("sdpa", "eager"):
-        raise SetupError(
-            f"transformers runs {model.id} with eager attention only, attention {training.attention} is not "
-            "there; choose eager."
-        )
-    if known and training.attention == "flash" and known.head_dim > _FLASH_HEAD_LIMIT:
-        raise SetupError(
-            f"attention flash takes heads of up to {_FLASH_HEAD_LIMIT}, {model.id} has {known.head_dim}; "
-            "choose sdpa, efficient or eager."
-        )
+    check_attention(model, training)
 
 
 def _json_value(name: str, value: Any) -> Any:
