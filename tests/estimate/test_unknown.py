@@ -72,7 +72,7 @@ def test_what_a_peft_configuration_asks_beyond_the_formulas_is_left_to_the_simul
 
 
 def test_a_mixture_of_experts_says_what_its_router_can_change() -> None:
-    """Gate and up [n, 2 x 14,336] and the answer [n, 4,096] in bf16: n = 4,096 x 2 / 8 tokens, or all 4,096."""
+    """Gate and up [n, 2 x 14,336] and the answer [n, 4,096] in bf16: n = 4,096 x 2 / 8 tokens, or all."""
     setup = Setup(model="mistralai/Mixtral-8x7B-v0.1", method=LoRA(), training=Training(seq_len=4096))
     (note,) = estimate(setup).notes
     row_bytes = (2 * 14_336 + 4_096) * 2
