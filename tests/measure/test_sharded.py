@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ SHARDS = Setup(model=model_of(LLAMA), training=TRAINING, sharding=Sharding(num_g
 ROOT = Path(__file__).parents[2]
 
 
+def ended(group: int) -> bool:
+    """Whether the group is gone, at the latest a moment after its connection was."""
+    ends_at = time.monotonic() + 10
+    while not gone(group) and time.monotonic() < ends_at:
+        time.sleep(0.05)
+    return gone(group)
+
+
 @pytest.mark.parametrize(("kind", "launcher"), [("fsdp", "torchrun"), ("ddp", "accelerate")])
 def test_two_real_processes_take_the_same_step(kind: Any, launcher: str) -> None:
     heard: list[Mapping[str, Any]] = []
@@ -48,7 +57,7 @@ def test_two_real_processes_take_the_same_step(kind: Any, launcher: str) -> None
         _ = found.largest
     for event in heard:
         if event["event"] == "started":
-            assert gone(event["pid"])
+            assert ended(event["pid"])
 
 
 def test_a_killed_rank_ends_the_others_and_leaves_no_record() -> None:
@@ -65,7 +74,7 @@ def test_a_killed_rank_ends_the_others_and_leaves_no_record() -> None:
     said = str(caught.value)
     assert said.startswith("rank 1 of 2 was killed by SIGKILL")
     assert said.endswith("; the others were ended, nothing was recorded.")
-    assert all(gone(pid) for pid in pids.values())
+    assert all(ended(pid) for pid in pids.values())
 
 
 def test_without_a_gpu_every_rank_says_why(tmp_path: Path) -> None:
