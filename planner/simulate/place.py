@@ -38,8 +38,8 @@ def rank_notes(sharding: Sharding, rank: int | None) -> tuple[str, ...]:
     if not sharding.is_distributed:
         return ()
     return (
-        f"Rank {rank or 0} of {sharding.num_gpus:,}. Ranks differ by the padding of their shards alone; NCCL's "
-        "buffers lie outside torch's allocator and are not in these numbers.",
+        f"Rank {rank or 0} of {sharding.num_gpus:,}. Ranks differ by the padding of their shards alone; "
+        "NCCL's buffers lie outside torch's allocator and are not in these numbers.",
     )
 
 
