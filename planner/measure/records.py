@@ -174,7 +174,7 @@ def append_line(line: str, path: Path) -> None:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON objects, each with a "setup", of a file of the planner's own; what is broken is left out."""
+    """The JSON objects, each with a "setup", of a file of the planner's own; broken lines are left out."""
     found = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
