@@ -157,3 +157,14 @@ def test_as_json():
     assert list(change.to_dict()) == [
         "words", "price", "cost", "keys", "peak_allocated_bytes", "saving_bytes", "fits",
     ]  # fmt: skip
+
+
+def test_a_chunked_loss_is_advised_where_logits_weigh_and_nothing_stands_behind_the_head() -> None:
+    found = changes(Setup(model=LLAMA, training=Training(micro_batch_size=4, seq_len=1024)))
+    chunked = next(change for change in found if change.keys == {"loss": "chunked"})
+    assert chunked.price == "time"
+    assert chunked.saving_bytes > 2**30
+    short = changes(Setup(model=LLAMA, training=Training(micro_batch_size=1, seq_len=1024)))  # one chunk
+    assert all("loss" not in change.keys for change in short)
+    capped = changes(Setup(model="google/gemma-2-2b", training=Training(micro_batch_size=4, seq_len=1024)))
+    assert all("loss" not in change.keys for change in capped)

@@ -32,6 +32,7 @@ BAD = [
     (("estimate", *BARE, "--optimizer", "adam"), "optimizer must be one of"),
     (("estimate", *BARE, "--attention", "flash", "--precision", "fp32"), "needs a 16-bit precision"),
     (("estimate", *BARE, "--clip-grad-norm", "0"), "clip_grad_norm must be a number above 0"),
+    (("estimate", *BARE, "--torch-compile"), "torch_compile is not covered: the compiler decides"),
     (("estimate", *BARE, "--gpu", "rtx-5091"), "unknown GPU 'rtx-5091'; did you mean"),
     (("estimate", *BARE, "--gpu", "0GiB"), "is not a size"),
     (("estimate", *BARE, "--gpu", ""), "unknown GPU ''"),

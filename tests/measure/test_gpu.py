@@ -114,3 +114,13 @@ def test_a_trace_aligns_with_the_simulated_events(tmp_path: Path) -> None:
     assert {event.phase for event in trace.events} >= {"load", "forward", "backward", "optimizer_step"}
     found = alignment(trace.events, simulated_events(SETUP, gpu=trace.device.gpu))
     assert found.first is None, found.sentence
+
+
+@pytest.mark.parametrize(
+    "step", [{"loop": "trainer"}, {"loss": "chunked"}, {"loop": "trainer", "loss": "chunked"}], ids=str
+)
+def test_another_loop_and_another_loss_are_simulated_as_they_run(step: dict[str, str]) -> None:
+    found = record_of(SETUP.replace(micro_batch_size=4, seq_len=512, **step))
+    simulated = found.simulation.report
+    assert simulated is not None
+    assert simulated.peak_allocated_bytes == pytest.approx(found.report.peak_allocated_bytes, rel=0.001)
