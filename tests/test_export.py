@@ -24,6 +24,7 @@ from planner.errors import PlannerError, SetupError
 from planner.estimate.parameters import parameters
 from planner.export import BITSANDBYTES, REQUIREMENTS, exported
 from planner.export.methods import PIECES
+from planner.export.script import script
 from planner.optimizers import EIGHT_BIT, Optimizer
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, QLoRA, Setup, Training
 from planner.training.recipe import no_autocast
@@ -125,6 +126,40 @@ def _no_phases(_name: str, _step: int | None) -> Any:
 
 def _shown(net: Any) -> dict[str, tuple[Any, ...]]:
     return {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(lora_rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("model", ["qwen2", "bert"])
+def test_each_loop_and_loss_trains_alike(run, model: str, method: Any) -> None:
+    """HF Trainer's loop and a loss in chunks change what is alive, and not what is learned."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    found = resolve("small", config_text=json.dumps(SMALL[model] | no_dropout))
+
+    def losses(**changes: Any) -> list[float]:
+        training = Training(
+            seq_len=8, micro_batch_size=160, gradient_accumulation_steps=2, precision="fp32", **changes
+        )
+        printed = run(Setup(model=found, method=method, training=training), "--steps", "3")
+        return [float(loss) for loss in re.findall(r"^step \d: loss (\S+)$", printed, re.MULTILINE)]
+
+    plain = losses()
+    assert len(plain) == 3
+    assert len(set(plain)) > 1
+    assert losses(loop="trainer") == pytest.approx(plain, abs=2e-4)
+    if model == "qwen2":  # BERT's loss is refused in chunks
+        assert losses(loss="chunked") == pytest.approx(plain, abs=2e-4)
+        assert losses(loop="trainer", loss="chunked") == pytest.approx(plain, abs=2e-4)
+
+
+def test_only_what_a_loop_needs_is_written() -> None:
+    plain = script(planned("qwen2"))
+    trainer = script(planned("qwen2", loop="trainer", loss="chunked"))
+    for words in ("inspect", "CausalLMOutput", "checkpoint(", "asked_for"):
+        assert words not in plain, words
+        assert words in trainer, words
+    for text in (plain, trainer):
+        compile(text, "train.py", "exec")
+        assert max(map(len, text.splitlines())) <= 110
 
 
 def test_one_step_changes_the_trained_tensors_and_no_other(tmp_path, run) -> None:

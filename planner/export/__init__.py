@@ -67,12 +67,10 @@ def why_not(setup: Setup) -> str | None:
         )
     if setup.training.precision == "textbook":
         return "precision textbook is a sum worked by hand, no library runs it; export bf16 or bf16-mixed."
-    if setup.training.loop != "plain":
-        return f"export writes the loop plain, not {setup.training.loop}; choose loop plain."
+    if setup.training.loop != "plain" and setup.sharding.is_distributed:
+        return f"export writes the loop {setup.training.loop} for one GPU; choose num_gpus 1, or loop plain."
     if _quantizes(setup) and setup.sharding.is_distributed:
         return "export writes qlora for one GPU; choose num_gpus 1, or method lora."
-    if setup.training.loss != "full":
-        return f"export writes the loss full, not {setup.training.loss}; choose loss full."
     if piece_name(setup.method) not in PIECES:
         return f"export has no script for method {setup.method.name}; choose from {', '.join(PIECES)}."
     return None

@@ -5,6 +5,7 @@ The loop is that of `planner.training.run`; tests run the script and hold its co
 
 from __future__ import annotations
 
+from planner.export.loops import CHUNKED_LOSS, chunked_line, one_step
 from planner.export.methods import PIECES, piece_name
 from planner.export.shared import SHARED_STEP, shared_lines, shared_save
 from planner.model import Task
@@ -28,16 +29,16 @@ python train.py --data text.txt --out trained   the planned model on your text
 
 import argparse
 import contextlib
-{dataclasses}import json
-{standard}from pathlib import Path
+{dataclasses}{inspect}import json
+{standard}{types}from pathlib import Path
 
 {bitsandbytes}{peft}import torch
 import transformers
 from accelerate import Accelerator{partial}
 {safetensors}{nn}{fsdp}from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, {auto_class}, AutoTokenizer{quantization}
+{checkpoint}from transformers import AutoConfig, {auto_class}, AutoTokenizer{quantization}
 from transformers.integrations import sdpa_attention
-
+{outputs}
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {{
     "fp32": torch.float32,
@@ -61,7 +62,7 @@ def main():
     {accelerator}
     name = given.model or settings["model"]
     model = loaded(name, settings){to_device}
-    if settings["activation_checkpointing"]:
+{chunked}    if settings["activation_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})
     vocabulary = model.get_input_embeddings().weight.shape[0]
     model = attached(model, settings)
@@ -185,25 +186,6 @@ def batches(settings, vocabulary, data, name):
                 yield example(samples[chosen], tokenizer)
 '''
 
-_ONE_STEP = '''\
-def one_step(accelerator, model, optimizer, trained, data, settings):
-    """One optimizer step over all its micro batches; the mean of their losses."""
-    micro_batches = settings["gradient_accumulation_steps"]
-    total = 0.0
-    with attention(settings["attention"], accelerator.device.type):
-        for _ in range(micro_batches):
-            batch = {key: value.to(accelerator.device) for key, value in next(data).items()}
-            outputs = model(**batch)
-            loss = outputs.loss / micro_batches
-            accelerator.backward(loss)
-            total += loss.item()
-    if settings["clip_grad_norm"] is not None:
-        accelerator.clip_grad_norm_(trained, settings["clip_grad_norm"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=settings["zero_grad"] == "none")
-    return total
-'''
-
 _ALONE = {
     "accelerator": 'accelerator = Accelerator(mixed_precision=AUTOCAST.get(settings["precision"], "no"))',
     "to_device": ".to(accelerator.device)",
@@ -266,7 +248,7 @@ if __name__ == "__main__":
 
 def script(setup: Setup) -> str:
     """train.py for method, task and kind of optimizer of a setup; its values stand in settings.json."""
-    shared = setup.sharding.is_distributed
+    shared, chunked = setup.sharding.is_distributed, setup.training.loss == "chunked"
     task, eight_bits = setup.model.task, setup.training.optimizer in EIGHT_BIT
     piece = PIECES[piece_name(setup.method)]
     quantized, lines = piece.quantized, shared_lines(setup) if shared else _ALONE
@@ -282,9 +264,16 @@ def script(setup: Setup) -> str:
         dtype="weight_dtype(settings)" if quantized else 'WEIGHTS[settings["precision"]]',
         partial=", PartialState" if quantized else "",
         quantization=", BitsAndBytesConfig" if quantized else "",
+        inspect="import inspect\n" if setup.training.loop == "trainer" else "",
+        types="import types\n" if chunked else "",
+        checkpoint="from torch.utils.checkpoint import checkpoint\n" if chunked else "",
+        outputs="from transformers.modeling_outputs import CausalLMOutput\n" if chunked else "",
+        chunked=chunked_line(setup.training),
         **({**lines, "to_device": ""} if quantized else lines),
     )
     step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
-    step = step.replace("{one_step}", SHARED_STEP if shared else _ONE_STEP)
+    step = step.replace("{one_step}", SHARED_STEP if shared else one_step(setup.training))
     save = shared_save(piece) if shared else piece.save
-    return head + (_WEIGHT_DTYPE if quantized else "") + piece.attached + step + _EXAMPLES[task] + save + _END
+    loss = CHUNKED_LOSS if chunked else ""
+    dtype = _WEIGHT_DTYPE if quantized else ""
+    return head + dtype + loss + piece.attached + step + _EXAMPLES[task] + save + _END
