@@ -38,7 +38,7 @@ def main() -> int:
         simulation = simulated(setup, gpu)
         found = Foretold(
             setup=setup.to_dict(),
-            gpu=gpu.name,
+            gpu=gpu.driver_name or gpu.name,
             date=now(),
             set=matrix.name,
             estimate=estimated(setup.replace(gpu=gpu)),
