@@ -250,6 +250,7 @@ REFUSALS = (
     "beyond the",  # sequence longer than the model's positions
     "where bottleneck adapters go",
     "has no module",
+    "finds nothing to quantize",  # Falcon: a linear class of its own
 )
 
 
