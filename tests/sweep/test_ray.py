@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GRID = """
 verb = "simulate"
 [[group]]
-model = "EleutherAI/pythia-70m"
+model = "EleutherAI/pythia-160m"
 method = ["lora", "full"]
 micro_batch_size = [1, 2, 3, 4, 5, 6]
 seq_len = [16, 32, 48]
@@ -133,7 +133,8 @@ def test_no_row_is_lost_and_none_is_twice(cluster: subprocess.Popen[str], tmp_pa
     assert len(rows) == SETUPS
     assert len({row["key"] for row in rows}) == SETUPS
     assert {row["state"] for row in rows} == {"done"}
-    assert len({row["place"] for row in rows}) >= 3  # two nodes, and who came for the one that was killed
+    places = {row["place"] for row in rows}
+    assert any(not place.endswith(f":{killed}") for place in places), places  # others did the rest
     peaks = {(r["setup"]["method"], r["setup"]["micro_batch_size"], r["setup"]["seq_len"]): r for r in rows}
     same = {key: row["found"]["peak_allocated_bytes"] for key, row in peaks.items() if key[1] * key[2] == 96}
     assert len({peak for key, peak in same.items() if key[0] == "full"}) == 1  # 6 x 16, 3 x 32, 2 x 48 tokens

@@ -36,7 +36,7 @@ gpu = ["t4", "h100"]
 SIMULATIONS = """
 verb = "simulate"
 [[group]]
-model = "EleutherAI/pythia-70m"
+model = "EleutherAI/pythia-410m"
 micro_batch_size = [1, 2, 3, 4, 5, 6, 7, 8]
 seq_len = [16, 32, 48, 64]
 """
