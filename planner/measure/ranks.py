@@ -26,6 +26,7 @@ ADDRESS, KEY = "VRAM_PLANNER_RANKS", "VRAM_PLANNER_RANKS_KEY"
 Launcher = Literal["torchrun", "accelerate"]
 _POLL_SECONDS = 0.2
 _LAST_WORDS_SECONDS = 5.0  # torchrun looks at its ranks every 0.1 s, and then ends the others
+_LOST_SECONDS = 1.0  # a rank that was killed is noticed by the others first
 _EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)")
 
 
@@ -113,6 +114,9 @@ class Ranks:
                 self.phases[rank] = str(event["name"])
             elif kind in ("refused", "out_of_memory"):
                 given_up.add(rank)
+                lost = self._lost(running - given_up) if kind == "refused" else None
+                if lost is not None:  # what this rank says is that the other does not answer
+                    raise PlannerError(self._death(lost))
             if kind != "end":
                 yield rank, event
                 continue
@@ -150,13 +154,25 @@ class Ranks:
 
     def _listen(self, rank: int, connection: Connection) -> None:
         self._asked.wait()
-        with contextlib.suppress(OSError, EOFError, ValueError):
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # TypeError: closed in the middle
             if self._job is not None:
                 connection.send_bytes(self._job)
             while True:
                 self._heard.put((rank, json.loads(connection.recv_bytes())))
         self._connections.pop(rank, None)
         self._heard.put((rank, None))
+
+    def _lost(self, others: set[int]) -> int | None:
+        """One of these ranks whose process has ended, or does so in a moment."""
+        ends_at = time.monotonic() + _LOST_SECONDS
+        while others:
+            gone = others - set(self._connections)
+            if gone:
+                return min(gone)
+            if time.monotonic() >= ends_at:
+                break
+            time.sleep(_POLL_SECONDS / 10)
+        return None
 
     def _where(self, rank: int) -> str:
         phase = self.phases.get(rank, "")

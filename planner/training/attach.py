@@ -64,7 +64,7 @@ def move_trained(net: nn.Module, device: torch.device) -> None:
 def _with_lora(net: nn.Module, model: Model, method: LoRA, *, low_memory: bool) -> nn.Module:
     config = peft.LoraConfig(
         r=method.lora_rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # peft divides by r: a float is fine
+        lora_alpha=method.alpha,  # peft divides by r: a float is fine
         lora_dropout=method.lora_dropout,
         target_modules=_targets(model, method.target_modules),
         bias=method.lora_bias,
