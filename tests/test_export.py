@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from planner import catalog
 from planner.catalog.resolve import resolve
@@ -27,6 +28,7 @@ from planner.export.methods import PIECES
 from planner.export.script import script
 from planner.optimizers import EIGHT_BIT, Optimizer
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, QLoRA, Setup, Training
+from planner.training.batches import tokens_asked_for
 from planner.training.recipe import no_autocast
 from planner.training.run import TrainingRun
 
@@ -155,6 +157,29 @@ def test_each_loop_and_loss_trains_alike(run, model: str, method: Any) -> None:
     if model == "qwen2":  # BERT's loss is refused in chunks
         assert losses(loss="chunked") == pytest.approx(plain, abs=2e-4)
         assert losses(loop="trainer", loss="chunked") == pytest.approx(plain, abs=2e-4)
+
+
+def test_hf_trainer_s_loop_divides_by_the_labels_of_the_whole_step(tmp_path) -> None:
+    """Micro batches that ask for 7 and 2 of their labels weigh as their labels do."""
+    setup = planned("qwen2", loop="trainer", precision="fp32", gradient_accumulation_steps=2)
+    write(exported(setup), tmp_path / "run")
+    parts = runpy.run_path(str(tmp_path / "run" / "train.py"), run_name="train")
+    ids = torch.arange(8).view(1, 8)
+    few = ids.clone()
+    few[:, :6] = -100
+    batches = [{"input_ids": ids, "labels": ids}, {"input_ids": ids, "labels": few}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+        net = parts["loaded"]("model", settings)
+        counted = parts["asked_for"](net, batches)
+        assert int(counted["num_items_in_batch"]) == int(tokens_asked_for(batches, net, "causal-lm")) == 7 + 2
+        net.eval()
+        means = [float(net(**batch).loss) for batch in batches]
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        found = parts["one_step"](Accelerator(cpu=True), net, optimizer, [], iter(batches), settings)
+    assert found == pytest.approx((7 * means[0] + 2 * means[1]) / 9, abs=1e-5)
+    assert found != pytest.approx(sum(means) / 2, abs=1e-4)
 
 
 def test_only_what_a_loop_needs_is_written() -> None:

@@ -1,7 +1,7 @@
 """What FSDP2 allocates for one unit: shards, gathered weights, gradients and the buffers of its collectives.
 
-Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py; measured by
-nothing, held against the simulation of the same code.
+Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py.
+Held against the simulation of the same code; no device has run it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 
 from planner import estimate, simulate
 from planner.measure.answer import readings
-from planner.measure.foretold import Foretold, line_of
+from planner.measure.foretold import Foretold, foretold, line_of
 from planner.measure.records import append, append_line, read
 from planner.measure.trace import SCHEMA
 from planner.record import Prediction, Record
@@ -192,6 +192,11 @@ def test_predictions_written_before_stand_beside_the_stored_ones(folder: Path) -
     assert rows["simulation_before"]["worst_over"] == pytest.approx(0.25)
     assert [rows[name]["runs"] for name in ("simulation", "simulation_before")] == [1, 1]
     assert (rows["estimate_before"]["runs"], rows["estimate_before"]["missing"]) == (0, 1)
+    later = dataclasses.replace(written, simulation=Prediction(reason="it was mended meanwhile."))
+    path.write_text(f"{line_of(written)}\n{line_of(later)}\n")
+    first = foretold(path)[written.key].simulation.report
+    assert first is not None  # what was said first counts
+    assert first.peak_allocated_bytes == peak
     path.write_text("{}\n")
     assert "line 1 is no prediction" in run(folder, *words, code=2).stderr
 
