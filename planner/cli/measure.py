@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.cli.flags import add_setup_flags, setup_from
 from planner.cli.measure_ranks import add_rank_flags, alone, ranks_answer
+from planner.cli.phases import phases_told
 from planner.cli.reply import Reply
 from planner.errors import SetupError
 from planner.units import gib
@@ -60,14 +60,14 @@ def answer(args: argparse.Namespace) -> Reply:
     if hasattr(args, "rehearse"):
         from planner.measure.probe import rehearse
 
-        found = rehearse(setup, time_limit_s=time_limit_s, on_event=_told(), python=python)
+        found = rehearse(setup, time_limit_s=time_limit_s, on_event=phases_told(), python=python)
         return _rehearsal_reply(found)
     from planner.measure.records import append
     from planner.measure.single import record_of
 
     trace = getattr(args, "trace", None)
     record = record_of(
-        setup, time_limit_s=time_limit_s, on_event=_told(), trace=trace, python=python, alone=rank
+        setup, time_limit_s=time_limit_s, on_event=phases_told(), trace=trace, python=python, alone=rank
     )
     kept = None if hasattr(args, "no_record") else append(record)
     return _record_reply(record, kept)
@@ -85,19 +85,6 @@ def seconds(args: argparse.Namespace, name: str, default: float) -> float:
     if not 0 < value <= 7 * 86400:
         raise SetupError(f"--{name.replace('_', '-')} must be seconds above 0, got {text!r}.")
     return value
-
-
-def _told() -> Any:
-    """A listener that names each phase on standard error, where that is a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["event"] == "enter":
-            step = f", step {event['step']}" if event.get("step") else ""
-            print(f"{event['name'].replace('_', ' ')}{step}", file=sys.stderr)
-
-    return tell
 
 
 def _record_reply(record: Record, kept: Path | None) -> Reply:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.cli.flags import whole
+from planner.cli.phases import phases_told
 from planner.cli.plain import columns
 from planner.cli.reply import Reply
 from planner.errors import SetupError
@@ -66,7 +65,7 @@ def ranks_answer(args: argparse.Namespace, setup: Setup, *, time_limit_s: float)
         setup,
         launcher=getattr(args, "launcher", "torchrun"),
         time_limit_s=time_limit_s,
-        on_event=_told(),
+        on_event=phases_told(),
         python=getattr(args, "python", None),
     )
     if hasattr(args, "rehearse"):
@@ -79,19 +78,6 @@ def ranks_answer(args: argparse.Namespace, setup: Setup, *, time_limit_s: float)
             if result.record is not None:
                 kept = append(result.record)
     return _measured(found, kept)
-
-
-def _told() -> Any:
-    """A listener that names each rank's phases on standard error, where that is a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["event"] == "enter":
-            step = f", step {event['step']}" if event.get("step") else ""
-            print(f"rank {event['rank']}: {event['name'].replace('_', ' ')}{step}", file=sys.stderr)
-
-    return tell
 
 
 def _rehearsed(found: Together) -> Reply:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from planner.estimate.alive import Alive
 from planner.estimate.forms import model_form
-from planner.estimate.gathered_step import Alive, Plan, forward_end, step_moments
+from planner.estimate.gathered_step import Plan, forward_end, step_moments
 from planner.estimate.gathering import UnitMemory, unit_memory
 from planner.estimate.optimizers import optimizer_memory
 from planner.estimate.parameters import TrainedTensor, trained_tensors

@@ -12,29 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from planner.estimate.alive import Alive
 from planner.estimate.gathering import UnitMemory
 from planner.estimate.stack import Stack, Stretch, stack
 from planner.estimate.tape import Moment
 from planner.spec import Setup
 
-__all__ = ["Alive", "Plan", "backward_moments", "forward_end", "forward_moments", "step_moments"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Alive:
-    """Bytes alive at one moment beside shards and states, by what they are for."""
-
-    phase: str
-    gradients: int = 0
-    activations: int = 0
-    logits_and_loss: int = 0
-    temporaries: int = 0
-    workspace: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        """Their sum."""
-        return self.gradients + self.activations + self.logits_and_loss + self.temporaries + self.workspace
+__all__ = ["Plan", "backward_moments", "forward_end", "forward_moments", "step_moments"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from planner.estimate.alive import Alive
 from planner.estimate.experts import router_note
 from planner.estimate.forms import model_form
 from planner.estimate.optimizers import clipping_bytes, states_are_known
@@ -23,22 +24,6 @@ __all__ = ["estimate"]
 
 _UNKNOWN = ("activations", "logits_and_loss", "temporaries")
 _UNKNOWN_TO_PEFT_CONFIG = ("adapter_weights", "gradients", "optimizer_states", *_UNKNOWN)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Candidate:
-    """A moment that may be the peak: bytes beside weights and states."""
-
-    phase: str
-    gradients: int = 0
-    activations: int = 0
-    logits_and_loss: int = 0
-    temporaries: int = 0
-    workspace: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.gradients + self.activations + self.logits_and_loss + self.temporaries + self.workspace
 
 
 def estimate(setup: Setup) -> MemoryReport:
@@ -110,14 +95,14 @@ def _moments(
     checkpointed: bool,
     accumulates: bool = False,
     after_zeroing: bool = False,
-) -> dict[str, _Candidate]:
+) -> dict[str, Alive]:
     """The worst moment of each phase in a step whose states are there.
 
     `accumulates`: after another micro batch, whose output waits; `after_zeroing`: after a step that left its
     gradients.
     """
     gradients = kept.gradients_bytes
-    optimizer = _Candidate(
+    optimizer = Alive(
         phase="optimizer_step",
         gradients=gradients,
         activations=layers.left_bytes if layers else 0,
@@ -127,8 +112,8 @@ def _moments(
     )
     if layers is None:
         return {
-            "forward": _Candidate(phase="forward", workspace=workspace),
-            "backward": _Candidate(phase="backward", gradients=gradients, workspace=workspace),
+            "forward": Alive(phase="forward", workspace=workspace),
+            "backward": Alive(phase="backward", gradients=gradients, workspace=workspace),
             "optimizer_step": optimizer,
         }
     before = gradients if accumulates or after_zeroing else 0
@@ -139,18 +124,18 @@ def _moments(
     }
 
 
-def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int) -> _Candidate:
+def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int) -> Alive:
     """In the last layers, or at the loss, where everything that is kept is there.
 
     `earlier_logits`: the output of the micro batch before, held until this one's is there.
     """
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
-    best = _Candidate(phase="forward")
+    best = Alive(phase="forward")
     for stretch in layers.stretches:
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
         waiting += left_bytes * (stretch.count - 1)
         activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
-        moment = _Candidate(
+        moment = Alive(
             phase="forward",
             gradients=gradients,
             activations=activations,
@@ -159,7 +144,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
         waiting += left_bytes
-    moment = _Candidate(
+    moment = Alive(
         phase="forward",
         gradients=gradients,
         activations=waiting + layers.hidden_bytes,
@@ -181,11 +166,11 @@ def _leaf_bytes(layers: Stack) -> int:
     return 0 if layers.leaf_is_input else layers.leaf_bytes
 
 
-def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bool) -> _Candidate:
+def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bool) -> Alive:
     """At the loss, or in a layer: the last one with everything kept, the first with all gradients."""
     waiting = _waiting(layers, checkpointed)
     loss, output = layers.loss.backward, layers.loss.output_bytes
-    best = _Candidate(
+    best = Alive(
         phase="backward",
         gradients=gradients + loss.gradients_bytes,
         activations=waiting,
@@ -199,7 +184,7 @@ def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bo
             break
         for index in {stretch.count - 1, 0}:
             later = stretch.count - 1 - index
-            candidate = _Candidate(
+            candidate = Alive(
                 phase="backward",
                 gradients=made + (0 if gradients else stretch.weight_bytes * later) + moment.gradients_bytes,
                 activations=waiting
@@ -221,7 +206,7 @@ def _phases(
     setup: Setup,
     kept: Resident,
     layers: Stack | None,
-    worst: tuple[dict[str, _Candidate], dict[str, _Candidate]],
+    worst: tuple[dict[str, Alive], dict[str, Alive]],
     workspace: int,
 ) -> tuple[Phase, ...]:
     """Load, attach and two steps: optimizer states come at the end of the first.

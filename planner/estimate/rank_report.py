@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from planner.estimate.gathered_step import Alive
+from planner.estimate.alive import Alive
 from planner.estimate.parameters import parameters
 from planner.estimate.peft_form import peft_form
 from planner.report import MemoryReport, Parts, Phase

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from planner.estimate.alive import Alive
 from planner.estimate.forms import model_form
-from planner.estimate.gathered_step import Alive, Plan, forward_end, step_moments
+from planner.estimate.gathered_step import Plan, forward_end, step_moments
 from planner.estimate.gathering import UnitMemory
 from planner.estimate.parameters import parameters
 from planner.estimate.rank_report import UNKNOWN, Held, bare_report, not_known, rank_report, worst

@@ -48,10 +48,7 @@ def attached(model, settings):
     return model
 '''
 
-_LORA = '''
-
-def attached(model, settings):
-    """LoRA by peft: two small matrices in fp32 beside each target, everything else frozen."""
+_LORA_CONFIG = """\
     config = peft.LoraConfig(
         r=settings["lora_rank"],
         lora_alpha=settings["lora_alpha"],
@@ -60,8 +57,14 @@ def attached(model, settings):
         bias=settings["lora_bias"],
         task_type=settings["task_type"],
     )
-    return peft.get_peft_model(model, config)
-'''
+"""
+
+_LORA = '''
+
+def attached(model, settings):
+    """LoRA by peft: two small matrices in fp32 beside each target, everything else frozen."""
+{lora_config}    return peft.get_peft_model(model, config)
+'''.replace("{lora_config}", _LORA_CONFIG)
 
 _QLORA = '''
 
@@ -84,16 +87,8 @@ def attached(model, settings):
         use_gradient_checkpointing=settings["activation_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
-    config = peft.LoraConfig(
-        r=settings["lora_rank"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
-        target_modules=settings["target_modules"],
-        bias=settings["lora_bias"],
-        task_type=settings["task_type"],
-    )
-    return peft.get_peft_model(prepared, config)
-'''
+{lora_config}    return peft.get_peft_model(prepared, config)
+'''.replace("{lora_config}", _LORA_CONFIG)
 
 _PEFT_CONFIG = '''
 
