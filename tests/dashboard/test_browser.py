@@ -11,7 +11,7 @@ import pytest
 
 from planner import catalog
 from planner.report import PARTS, MemoryReport
-from tests.dashboard.browsing import eventually, settle
+from tests.dashboard.browsing import eventually, serious_findings, settle
 
 VERDICT = "[data-testid=stAlert]"
 SIZES = ((390, 844), (1366, 768), (1920, 1080))
@@ -200,17 +200,9 @@ def test_the_inputs_stay_when_the_page_changes(open_page) -> None:
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("link", ["", "?method=full", "method"], ids=["fits", "does-not-fit", "method"])
 def test_axe_finds_nothing_serious(open_page, link, mode) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     page = open_page(link, mode=mode)
     page.wait_for_timeout(1500)
-    found = axe.Axe().run(page).response["violations"]
-    serious = [
-        f"{one['id']}: {one['help']} | {node['html'][:160]} | {node.get('failureSummary', '')[:200]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
-    assert serious == []
+    assert serious_findings(page) == []
 
 
 def test_the_keyboard_walks_the_inputs_in_their_order(open_page) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.dashboard.browsing import eventually, settle
+from tests.dashboard.browsing import eventually, settle, wide
 
 SMALL = "?model=EleutherAI/pythia-70m&gpu=t4&seq_len=64"
 TABLE = "[role=region][aria-label='Every method, sorted by peak']"
@@ -12,10 +12,6 @@ def sources(page) -> list[str]:
     """The third column: predicted, simulated or simulate."""
     return page.locator(f"{TABLE} tbody tr td:nth-child(4)").all_inner_texts()
 
-
-def wide(page) -> int:
-    """By how much the page scrolls sideways."""
-    return page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth - window.innerWidth")
 
 
 def test_methods_are_simulated_one_by_one_until_stopped(start_server, open_page) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from planner.export import exported
 from planner.spec import LoRA, Setup
-from tests.dashboard.browsing import eventually, settle
+from tests.dashboard.browsing import eventually, serious_findings, settle, wide
 
 GPT2 = "model:openai-community/gpt2~method:lora~gpu:t4~lora_rank:16"
 COMPARED = ".st-key-_compared .js-plotly-plot .main-svg"
@@ -51,18 +51,13 @@ def test_a_pin_is_in_the_address_stays_over_the_pages_and_comes_back_from_it(ope
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_three_pins_on_a_phone_do_not_scroll_sideways_and_axe_finds_nothing_serious(open_page, mode) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     page = open_page(
         "?" + "&".join(f"pin_{n}={GPT2}~seq_len:{64 * n}" for n in (1, 2, 3)), size=(390, 844), mode=mode
     )
     page.wait_for_selector(COMPARED)
     page.wait_for_timeout(1000)
-    wide = page.evaluate(
-        "(e => e.scrollWidth - e.clientWidth)(document.querySelector('[data-testid=stMain]'))"
-    )
-    assert wide <= 0
-    found = axe.Axe().run(page).response["violations"]
-    assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
+    assert wide(page) <= 0
+    assert serious_findings(page) == []
 
 
 def test_the_training_script_is_downloaded_whole(open_page) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from planner.measure.records import append
-from tests.dashboard.browsing import eventually, settle
+from tests.dashboard.browsing import eventually, serious_findings, settle, wide
 from tests.measure.made_up import made_record
 
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc, which Linux has")
@@ -66,13 +66,6 @@ def bar_rows(page) -> list[str]:
     chart.wait_for(timeout=60_000)
     return chart.evaluate("plot => plot.data[0].y.map(String)")
 
-
-def wide(page) -> int:
-    """By how much the page scrolls sideways."""
-    return page.evaluate(
-        "Math.max(document.documentElement.scrollWidth - window.innerWidth, "
-        "(e => e.scrollWidth - e.clientWidth)(document.querySelector('[data-testid=stMain]')))"
-    )
 
 
 @linux
@@ -159,16 +152,8 @@ def test_the_pages_stand_at_every_size_and_axe_finds_nothing_serious(open_page, 
     assert page.locator("h1").count() == 1
     if name == "accuracy":
         page.locator(".st-key-_errors .js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     page.wait_for_timeout(1000)
-    found = axe.Axe().run(page).response["violations"]
-    serious = [
-        f"{one['id']}: {node['html'][:160]} | {node.get('failureSummary', '')[:200]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
-    assert serious == []
+    assert serious_findings(page) == []
     for width, height in SIZES:
         page.set_viewport_size({"width": width, "height": height})
         page.wait_for_timeout(400)

@@ -9,8 +9,8 @@ import pytest
 
 from planner.sweep.jobs import sweep_from
 from planner.sweep.run import run_sweep
-from tests.dashboard.browsing import eventually, settle
-from tests.dashboard.test_simulate_browser import SIZES, wide
+from tests.dashboard.browsing import eventually, serious_findings, settle, wide
+from tests.dashboard.test_simulate_browser import SIZES
 
 GRID = """
 [[group]]
@@ -51,16 +51,8 @@ def test_a_sweep_stands_at_every_size_and_axe_is_content(open_page, results: Pat
     page.locator(".st-key-_sweep_figure .js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
     settle(page)
     assert setups(page) == "48"
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     page.wait_for_timeout(1000)
-    found = axe.Axe().run(page).response["violations"]
-    serious = [
-        f"{one['id']}: {node['html'][:160]} | {node.get('failureSummary', '')[:200]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
-    assert serious == []
+    assert serious_findings(page) == []
     for width, height in SIZES:
         page.set_viewport_size({"width": width, "height": height})
         page.wait_for_timeout(400)
