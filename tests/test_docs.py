@@ -1,7 +1,7 @@
 """README and CONTRIBUTING are true: every command in them runs, every output is what it prints today.
 
 Every `console` block of README.md is a command and its whole output; the Python example stands before the
-`text` block with what it prints. `python tests/test_docs.py` writes today's outputs into README.md.
+`text` block with what it prints. `python -m tests.test_docs` writes today's outputs into README.md.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from planner.losses import LOSS_CHUNK_TOKENS
-from planner.spec import Adapter, FullFineTuning, LoRA, Setup
+from planner.spec import Adapter, FullFineTuning, LoRA, QLoRA, Setup
 
 __all__ = ["IDEAS", "LORA", "PRICES", "Idea", "Price"]
 
@@ -75,7 +76,8 @@ def _sixteen_bits(setup: Setup) -> Mapping[str, Any] | None:
 
 
 def _sixteen_bits_frozen(setup: Setup) -> Mapping[str, Any] | None:
-    if isinstance(setup.method, FullFineTuning) or not _in_32_bits(setup):
+    """QLoRA's frozen weights are quantized under every recipe."""
+    if isinstance(setup.method, FullFineTuning | QLoRA) or not _in_32_bits(setup):
         return None
     return {"precision": "bf16" if _has_bf16(setup) else "fp16"}
 
@@ -87,6 +89,33 @@ def _in_32_bits(setup: Setup) -> bool:
 def _has_bf16(setup: Setup) -> bool:
     capability = setup.gpu.capability if setup.gpu else None
     return capability is None or capability >= (8, 0)  # CUDA C++ programming guide: bf16 from sm_80 on
+
+
+def _autocast(setup: Setup) -> Mapping[str, Any] | None:
+    """QLoRA as HF Trainer's bf16=True runs it: attention in 16 bits, and by the fused kernels."""
+    precision = setup.training.precision
+    plain = isinstance(setup.method, QLoRA) and not precision.endswith("-mixed")
+    return {"precision": f"{precision}-mixed"} if plain else None
+
+
+def _four_bits(setup: Setup) -> Mapping[str, Any] | None:
+    """QLoRA with the same adapters, under autocast."""
+    method = setup.method
+    if not isinstance(method, LoRA) or isinstance(method, QLoRA):
+        return None
+    own = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    asked = {name: value for name, value in own.items() if value != getattr(LoRA(), name)}
+    return {"method": "qlora", **asked, "precision": _mixed(setup)}
+
+
+def _qlora(setup: Setup) -> Mapping[str, Any] | None:
+    lora = _lora(setup)
+    return {**lora, "method": "qlora", "precision": _mixed(setup)} if lora else None
+
+
+def _mixed(setup: Setup) -> str:
+    """The recipe under autocast that the card takes best."""
+    return "bf16-mixed" if _has_bf16(setup) else "fp16-mixed"
 
 
 def _half_sequence(setup: Setup) -> Mapping[str, Any] | None:
@@ -210,6 +239,20 @@ IDEAS = (
     ),
     Idea(
         price="numerics",
+        words="Run under autocast ({precision}), as HF Trainer does",
+        short="{precision}",
+        cost="precision: attention in 16 bits instead of fp32",
+        keys=_autocast,
+    ),
+    Idea(
+        price="numerics",
+        words="Hold the frozen weights in 4 bits (qlora, {precision})",
+        short="qlora",
+        cost="precision: frozen weights are rounded to 4 bits; time, to widen them; needs bitsandbytes",
+        keys=_four_bits,
+    ),
+    Idea(
+        price="numerics",
         words="Keep AdamW's states in 8 bits (adamw-8bit)",
         short="adamw-8bit",
         cost="precision: states are rounded to 8 bits, those of embeddings stay in fp32; needs bitsandbytes",
@@ -244,6 +287,13 @@ IDEAS = (
         keys=_one_adapter,
     ),
     LORA,
+    Idea(
+        price="method",
+        words="Train with QLoRA of rank {lora_rank} on attention over weights in 4 bits",
+        short="QLoRA of rank {lora_rank}",
+        cost="the method: a low-rank update over rounded weights; needs bitsandbytes",
+        keys=_qlora,
+    ),
     Idea(
         price="method",
         words="Train with Adafactor instead of AdamW",

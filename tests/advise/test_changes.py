@@ -7,7 +7,7 @@ import pytest
 from planner.advise import applied, changes, verdict
 from planner.errors import SetupError
 from planner.estimate import estimate
-from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, Setup, Training
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, QLoRA, Setup, Training
 
 PRICES = ["nothing", "time", "numerics", "data", "method"]
 WASTEFUL = Training(micro_batch_size=8, seq_len=1024, precision="bf16-mixed", attention="eager")
@@ -90,8 +90,10 @@ def test_lora_is_advised_with_what_costs_only_time():
 def test_what_is_already_done_is_not_advised():
     frugal = Setup(
         model=LLAMA,
-        method=LoRA(),
-        training=Training(optimizer="adamw-fused", activation_checkpointing=True, seq_len=64),
+        method=QLoRA(),
+        training=Training(
+            optimizer="adamw-fused", activation_checkpointing=True, seq_len=64, precision="bf16-mixed"
+        ),
     )
     assert changes(frugal) == ()
 
@@ -119,7 +121,7 @@ def test_gradients_that_stay_are_given_up_first():
 def test_a_card_without_bf16_is_not_advised_bf16():
     def precisions(method, gpu):
         small = Setup(model=LLAMA, method=method, training=Training(precision="fp32", seq_len=128), gpu=gpu)
-        return [change.keys["precision"] for change in changes(small) if "precision" in change.keys]
+        return [change.keys["precision"] for change in changes(small) if set(change.keys) == {"precision"}]
 
     assert precisions(LoRA(), "t4") == ["fp16"]
     assert precisions(FullFineTuning(), "t4") == []  # weights trained in fp16 overflow
@@ -168,3 +170,36 @@ def test_a_chunked_loss_is_advised_where_logits_weigh_and_nothing_stands_behind_
     assert all("loss" not in change.keys for change in short)
     capped = changes(Setup(model="google/gemma-2-2b", training=Training(micro_batch_size=4, seq_len=1024)))
     assert all("loss" not in change.keys for change in capped)
+
+
+def test_weights_in_four_bits_are_advised_to_lora_with_the_same_adapters() -> None:
+    method = LoRA(lora_rank=32, lora_dropout=0.1, target_modules=("q_proj", "v_proj"))
+    planned = Setup(
+        model="meta-llama/Llama-3.1-8B",
+        method=method,
+        training=Training(activation_checkpointing=True),
+        gpu="rtx-4080",
+    )
+    quantized = next(change for change in changes(planned) if change.keys.get("method") == "qlora")
+    assert (quantized.price, quantized.fits) == ("numerics", True)
+    after = applied(planned, quantized.keys)
+    assert after.method == QLoRA(lora_rank=32, lora_dropout=0.1, target_modules=("q_proj", "v_proj"))
+    assert after.training.precision == "bf16-mixed"
+    assert estimate(after).peak_allocated_bytes == quantized.peak_allocated_bytes
+    on_t4 = changes(planned.replace(gpu="t4", precision="fp16"))
+    assert next(c for c in on_t4 if c.keys.get("method") == "qlora").keys["precision"] == "fp16-mixed"
+    full = changes(Setup(model="meta-llama/Llama-3.1-8B", gpu="rtx-4090"))
+    assert next(c for c in full if c.keys.get("method") == "qlora").price == "method"
+    # transformers leaves Falcon's linear layers as they are
+    falcon = changes(Setup(model="tiiuae/falcon-7b", method=LoRA()))
+    assert all(change.keys.get("method") != "qlora" for change in falcon)
+
+
+def test_qlora_is_advised_autocast_and_not_away_from_it() -> None:
+    planned = Setup(model="meta-llama/Llama-3.1-8B", method=QLoRA(), training=Training(seq_len=2048))
+    change = next(change for change in changes(planned) if change.keys == {"precision": "bf16-mixed"})
+    assert change.price == "numerics"
+    assert change.saving_bytes > 10 * 2**30  # the scores of attention in fp32 are gone
+    under = planned.replace(precision="bf16-mixed")
+    for mixed in (under, under.replace(activation_checkpointing=True)):  # checkpointed, bf16 needs less
+        assert all("precision" not in change.keys for change in changes(mixed))
