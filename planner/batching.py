@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from planner.catalog.gpus import Gpu
     from planner.spec import Training
 
-__all__ = ["Batching", "check_batch", "check_batching", "has_masks", "row_shape", "sample_lengths", "takes_lengths"]
+__all__ = [
+    "Batching",
+    "check_batch",
+    "check_batching",
+    "has_masks",
+    "row_shape",
+    "sample_lengths",
+    "takes_lengths",
+]
 
 Batching = Literal["full", "padded", "packed"]
 
@@ -32,7 +40,8 @@ _FLASH_CAPABILITY = (8, 0)  # flash_api.cpp, mha_varlen_fwd: Ampere or newer
 _FLASH_HEAD_MULTIPLE = 8  # flash_api.cpp: only dense attention pads heads to it
 # peft 0.21, PromptLearningConfig: PeftModelForCausalLM.forward drops or shifts the positions of a batch.
 _PROMPT_METHODS = (
-    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+    *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
 )
 
 
@@ -71,13 +80,13 @@ def check_batch(training: Training) -> None:
         return
     if training.attention == "flash":
         raise SetupError(
-            "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient or "
-            "eager, or batching packed."
+            "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient "
+            "or eager, or batching packed."
         )
     if training.seq_len < 2:
         raise SetupError(
-            f"batching padded needs samples shorter than seq_len, and seq_len is {training.seq_len}; give 2 or "
-            "more, or choose batching full."
+            f"batching padded needs samples shorter than seq_len, and seq_len is {training.seq_len}; give 2 "
+            "or more, or choose batching full."
         )
 
 

@@ -1,4 +1,4 @@
-"""The exported script of padded and packed samples: real collators, the planner's own batches and attention."""
+"""The exported script of padded and packed samples: real collators, the planner's own batches."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from tests.training.test_batching import by_lengths
 
 assert run  # a fixture
 B, S = 3, 12
-KINDS = [("gpt2", "padded", "sdpa"), ("bert", "padded", "eager"), ("t5", "padded", "sdpa"), ("gpt2", "packed", "sdpa"),
-         ("gpt2", "packed", "flash")]  # fmt: skip
+KINDS = [
+    *[("gpt2", "padded", "sdpa"), ("bert", "padded", "eager"), ("t5", "padded", "sdpa")],
+    *[("gpt2", "packed", "sdpa"), ("gpt2", "packed", "flash")],
+]
 
 
 def setup_of(model: str, kind: str, attention: str, **more: Any) -> Setup:
@@ -61,9 +63,9 @@ def test_the_script_trains_on_random_tokens_and_on_a_text(
     model: str, kind: str, attention: str, loop: str, tmp_path: Path, run: Any
 ) -> None:
     setup = setup_of(model, kind, attention, loop=loop, gradient_accumulation_steps=2)
-    text = exported(setup)["train.py"]
-    ast.parse(text)
-    assert max(map(len, text.splitlines())) <= 110
+    script = exported(setup)["train.py"]
+    ast.parse(script)
+    assert max(map(len, script.splitlines())) <= 110
     printed = run(setup, "--steps", "2")
     summed = 2 if loop == "trainer" and model in ("bert", "t5") else 1  # they do not divide by the labels
     losses = [float(loss) / summed for loss in re.findall(r"loss (\S+)$", printed, re.MULTILINE)]
@@ -73,8 +75,10 @@ def test_the_script_trains_on_random_tokens_and_on_a_text(
     folder.mkdir()
     (folder / "config.json").write_text(exported(setup)["model/config.json"])
     _tokenizer().save_pretrained(folder)
-    (tmp_path / "text.txt").write_text("the quick brown fox\n\nthe lazy dog " + "fox " * 30 + "\nthe dog\ndog\n")
-    assert "step 2: loss" in run(setup, "--steps", "2", "--model", str(folder), "--data", str(tmp_path / "text.txt"))
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox\n\nthe lazy dog " + "fox " * 30 + "\nthe dog\ndog\n")
+    printed = run(setup, "--steps", "2", "--model", str(folder), "--data", str(text))
+    assert "step 2: loss" in printed
 
 
 @pytest.mark.parametrize("model, kind, attention", [k for k in KINDS if k[0] not in ("bert", "t5")])
@@ -99,7 +103,8 @@ def test_a_line_of_the_text_is_a_sample(kind: str, tmp_path: Path) -> None:
     made, settings = parts_of(setup, tmp_path / "run")
     _tokenizer().save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "text.txt").write_text("the fox\n" + "dog " * 20)  # 2 and 20 tokens, of which 12 fit
-    for batch in islice(made["batches"](settings, 96, tmp_path / "text.txt", str(tmp_path / "run" / "model")), 3):
+    name = str(tmp_path / "run" / "model")
+    for batch in islice(made["batches"](settings, 96, tmp_path / "text.txt", name), 3):
         labels = batch["labels"]
         if kind == "packed":
             assert batch["input_ids"].shape == (1, 14)

@@ -119,7 +119,7 @@ accelerate.yaml     how accelerate shares the run; launch.sh uses it
 _SAMPLES = {
     "full": "Samples are cut from the text one after the\nother, without padding",
     "padded": "A line of the text is a\nsample, cut to the planned length or padded to it",
-    "packed": "A line of the text is a\nsample, cut to the planned length, and as many as planned stand in one row",
+    "packed": "A line of the text is a\nsample, cut to the planned length; as many as planned stand in a row",
 }
 _DATA = {
     "causal-lm": "the labels are the tokens themselves.",

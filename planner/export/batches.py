@@ -111,4 +111,6 @@ def varlen_line(training: Training) -> str:
 
 def sent(step: str, training: Training) -> str:
     """A step's text whose batches hold whole numbers beside tensors, where lengths are among them."""
-    return step.replace(_MOVED, "send_to_device(next(data), accelerator.device)") if takes_lengths(training) else step
+    if not takes_lengths(training):
+        return step
+    return step.replace(_MOVED, "send_to_device(next(data), accelerator.device)")

@@ -259,7 +259,8 @@ def script(setup: Setup) -> str:
         **({**lines, "to_device": ""} if quantized else lines),
     )
     step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
-    step = step.replace("{one_step}", sent(SHARED_STEP if shared else one_step(setup.training), setup.training))
+    own = SHARED_STEP if shared else one_step(setup.training)
+    step = step.replace("{one_step}", sent(own, setup.training))
     step = step.replace("{batches}", batches(setup.training))
     save = shared_save(piece) if shared else piece.save
     loss = CHUNKED_LOSS if chunked else ""

@@ -73,7 +73,7 @@ BATCH_CASES: list[Case] = [
     (GEMMA3, LORA, {**PACKED, "seq_len": 1500, "attention": "flash"}),
     (MIXTRAL, LORA, {**PACKED, "attention": "flash", "optimizer": "sgd", **CHECKPOINTED}),
     (MISTRAL, LORA, {**PACKED, "micro_batch_size": 2, "seq_len": 6144, "attention": "flash"}),
-    (QWEN3, FULL, {**PACKED, "micro_batch_size": 64, "seq_len": 64, "attention": "flash"}),  # 128 rows a sample
+    (QWEN3, FULL, {**PACKED, "micro_batch_size": 64, "seq_len": 64, "attention": "flash"}),
     (LLAMA, ALL_LINEAR, {**PACKED, "attention": "flash", **CHECKPOINTED, "loss": "chunked"}),
     (NEOX, FULL, {**PACKED, "attention": "flash", "precision": "bf16-mixed", **SEVERAL}),
     (QWEN3, NF4, {**PACKED, "attention": "flash", "precision": "bf16-mixed", "loop": "trainer"}),

@@ -10,8 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DataCollatorForLanguageModeling
-from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+)
 
 from planner import batching
 from planner.batching import sample_lengths
@@ -36,9 +41,8 @@ def net_of(family: str, attention: str, **changes: Any) -> nn.Module:
     if family in FAMILIES:
         return tiny_model(family, **changes).train()
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](
-        **FAMILIES["llama"][0], vocab_size=VOCAB_SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes
-    )
+    tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[family](**FAMILIES["llama"][0], **tokens, **changes)
     return AutoModelForCausalLM.from_config(config).train()
 
 
@@ -55,8 +59,12 @@ def alone(net: nn.Module, ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[
     asked = [length - 1 for length in lengths]
     found = [answer(net, {"input_ids": row, "labels": row})
              for row in (ids[i : i + 1, :length] for i, length in enumerate(lengths))]  # fmt: skip
-    parts = [[weight * value / sum(asked) for value in pair] for weight, pair in zip(asked, found, strict=True)]
-    return sum(loss for loss, _ in parts), sum(gradient for _, gradient in parts)
+    weights = [count / sum(asked) for count in asked]
+    losses, gradients = zip(*found, strict=True)
+    return (
+        sum(w * loss for w, loss in zip(weights, losses, strict=True)),
+        sum(w * gradient for w, gradient in zip(weights, gradients, strict=True)),
+    )
 
 
 def ids_of() -> torch.Tensor:
@@ -116,7 +124,8 @@ def by_lengths(query: Any, key: Any, value: Any, starts: Any, _starts: Any, long
         q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (query, key, value))
         back = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
         seen = (back >= 0) & (back <= (S if window_size_left is None else window_size_left))
-        rows.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+        rows.append(out[0].transpose(0, 1))
     return torch.cat(rows), query, query, query, query
 
 
@@ -176,7 +185,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_lengths_differ_and_some_are_shorter() -> None:
-    assert sample_lengths(Training(micro_batch_size=4, seq_len=512, batching="padded")) == (448, 384, 320, 256)
+    four = Training(micro_batch_size=4, seq_len=512, batching="padded")
+    assert sample_lengths(four) == (448, 384, 320, 256)
     for b, s in ((1, 2), (3, 2), (16, 5), (1, 4096)):
         lengths = sample_lengths(Training(micro_batch_size=b, seq_len=s, batching="padded"))
         assert 1 <= min(lengths) < s
@@ -202,11 +212,11 @@ def test_a_training_that_cannot_be_is_refused(training: dict[str, Any], words: s
     [
         ("google-bert/bert-base-uncased", {}, "packed is for causal language models"),
         ("google-t5/t5-base", {}, "packed is for causal language models"),
-        ("tiiuae/falcon-7b", {}, r"known to keep packed samples apart, and tiiuae/falcon-7b \(falcon\) is none"),
+        ("tiiuae/falcon-7b", {}, r"packed samples apart, and tiiuae/falcon-7b \(falcon\) is none"),
         ("bigscience/bloom-560m", {}, "known to keep packed samples apart"),
         ("openai/gpt-oss-20b", {"attention": "eager"}, "known to keep packed samples apart"),
         ("stabilityai/stablelm-2-1_6b", {"attention": "flash"}, "by their positions alone"),
-        ("facebook/opt-350m", {}, "by their lengths alone, which attention sdpa does not take; choose attention flash"),
+        ("facebook/opt-350m", {}, "attention sdpa does not take; choose attention flash"),
         ("Qwen/Qwen2.5-0.5B", {"attention": "flash", "gpu": "t4"}, "needs capability 8.0, t4 has 7.5"),
     ],
 )
