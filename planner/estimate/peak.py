@@ -146,7 +146,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
         waiting += left_bytes
     moment = Alive(
         phase="forward",
-        gradients=gradients,
+        gradients=gradients + layers.loss.early_bytes,
         activations=waiting + layers.hidden_bytes,
         logits_and_loss=earlier_logits + layers.loss.forward_peak_bytes,
         workspace=workspace,
@@ -219,7 +219,7 @@ def _phases(
     states = kept.optimizer_states_bytes
     waiting = output = held = 0
     if layers is not None:
-        waiting = layers.loss.output_bytes + layers.loss.kept_bytes
+        waiting = layers.loss.output_bytes + layers.loss.kept_bytes + layers.loss.early_bytes
         waiting += _waiting(layers, setup.training.activation_checkpointing)
         output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
         held = layers.loss.output_bytes + layers.left_bytes

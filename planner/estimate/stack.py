@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
+from planner.estimate.fused_loss import fused_loss_memory
 from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
@@ -146,7 +147,10 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     if training.loss == "chunked":
         head.tokens = min(head.tokens, LOSS_CHUNK_TOKENS)
         memory = chunked_loss_memory
-    loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
+    if training.loss == "liger":
+        loss = fused_loss_memory(head, hidden, form, setup)
+    else:
+        loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
     stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
     return Stack(
         stretches=tuple(stretches),
