@@ -131,10 +131,13 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     """
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = Alive(phase="forward")
-    for stretch in layers.stretches:
+    for number, stretch in enumerate(layers.stretches):
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
         waiting += left_bytes * (stretch.count - 1)
-        activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
+        held_bytes = stretch.input_bytes + stretch.passed_bytes
+        if number > 1 or stretch.count > 1 or not layers.leaf_is_input:
+            held_bytes += layers.rows_bytes if number else 0  # the first layer's input may be the same tensor
+        activations = waiting + held_bytes + stretch.forward_peak_bytes
         moment = Alive(
             phase="forward",
             gradients=gradients,
