@@ -127,7 +127,10 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         _cached(ops, k, v, plan)
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
-        k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
+        if shape.num_key_value_heads == 1 and plan.kernel != "eager":  # one head for all is a view of it
+            k, v = (ops.view(t, t.numel * groups) for t in (k, v))
+        else:
+            k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
     if plan.kernel == "eager":
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
