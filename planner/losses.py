@@ -6,7 +6,9 @@ from typing import Literal, get_args
 
 from planner.checks import choice
 from planner.errors import SetupError
+from planner.methods import LoRA, Method
 from planner.model import Model
+from planner.targets import lora_targets
 
 __all__ = [
     "LIGER_KERNELS",
@@ -49,8 +51,8 @@ _PLAIN_HEADS = (
     *("bloom", "gemma", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2"),
     *("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
 )
-# Model types whose forward pass liger_kernel 0.8.5 exchanges for one with its fused loss: transformers/monkey_patch.py,
-# MODEL_TYPE_TO_APPLY_LIGER_FN; those of text alone and without a factor on their logits.
+# Model types whose forward pass liger_kernel 0.8.5 exchanges for one with its fused loss
+# (transformers/monkey_patch.py); those of text alone and without a factor on their logits.
 _LIGER_TYPES = (
     *("deepseek_v2", "deepseek_v3", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "ministral", "mistral", "mixtral", "nemotron"),
@@ -64,7 +66,7 @@ def check_step(loop: str, loss: str) -> None:
     choice("loss", loss, get_args(Loss))
 
 
-def check_loss(loss: str, model: Model, *, shared: bool) -> None:
+def check_loss(loss: str, model: Model, method: Method, *, shared: bool) -> None:
     """Refuse a loss in pieces where it would be another loss, or is not known. Raises SetupError."""
     if loss == "full" or model.is_bare:
         return
@@ -72,9 +74,13 @@ def check_loss(loss: str, model: Model, *, shared: bool) -> None:
         kind = model.config.get("model_type")
         if model.task != "causal-lm" or kind not in _LIGER_TYPES:
             raise SetupError(
-                f"loss liger is there for the models that liger_kernel {LIGER_VERSION} has it for, and {model.id} "
-                f"({kind}) is none of them; choose loss full{' or chunked' if _plain_head(model) else ''}."
+                f"loss liger is there for the models that liger_kernel {LIGER_VERSION} has it for, and "
+                f"{model.id} ({kind}) is none of them; choose loss full"
+                f"{' or chunked' if _plain_head(model) else ''}."
             )
+        targets = lora_targets(model, method.target_modules) if isinstance(method, LoRA) else ()
+        if any(target.weight.role == "head" for target in targets):
+            raise adapted_head(model.id)
     elif not _plain_head(model):
         raise SetupError(
             f"loss {loss} is there for causal language models whose logits go into the loss as they are, and "
@@ -92,11 +98,11 @@ def _plain_head(model: Model) -> bool:
 def adapted_head(model: str) -> SetupError:
     """Why a method must leave the output layer alone under loss liger, which reads that layer's own weight.
 
-    liger_kernel 0.8.5, transformers/model/llama.py: `lm_head.weight`, which of peft's layers is the frozen one.
+    liger_kernel 0.8.5, transformers/model/llama.py: `lm_head.weight`, of peft's layers the frozen one.
     """
     return SetupError(
-        f"loss liger reads the weight of the output layer of {model} and passes over what a method puts there, "
-        "so that it would never be trained; leave the output layer out, or choose loss full or chunked."
+        f"loss liger reads the weight of the output layer of {model} and passes over what a method puts "
+        "there, so that it would never be trained; leave that layer out, or choose loss full or chunked."
     )
 
 

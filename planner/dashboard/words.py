@@ -124,7 +124,8 @@ FIELD_HELP = {
     "loop": "plain says outputs = model(**batch) and so keeps the logits to the end of the step; "
     "Hugging Face's Trainer gives them up before the backward pass.",
     "loss": "full makes the logits of all tokens at once; chunked those of 1,024 tokens at a time, and once "
-    "more in the backward pass.",
+    "more in the backward pass; liger is liger_kernel's fused loss, which makes the head's gradients in the "
+    "forward pass.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
     "lora_dropout": "Dropout on each adapter's input; above 0 it keeps a mask.",
     "lora_bias": "none, all biases, or those of the target layers only.",

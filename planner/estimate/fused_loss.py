@@ -34,8 +34,9 @@ def fused_loss_memory(ops: Operations, hidden: Tensor, form: ModelForm, setup: S
     of_weight = block_bytes(head.inputs * head.outputs * ops.recipe.base) if trained else 0
     beside = _beside_bytes(setup.training, tokens)
     chunk = _Chunk(ops, hidden, form, setup)
+    chunk_bytes = chunk.cast_bytes() if ops.recipe.autocast else chunk.own_bytes()
     return LossMemory(
-        forward_peak_bytes=of_rows + beside + (chunk.cast_bytes() if ops.recipe.autocast else chunk.own_bytes()),
+        forward_peak_bytes=of_rows + beside + chunk_bytes,
         kept_bytes=of_rows,
         backward=Moment(0, 0, of_weight),
         weight_bytes=of_weight,
@@ -82,8 +83,8 @@ class _Chunk:
     def cast_bytes(self) -> int:
         """Under autocast: n tokens and the weight cast for the logits, the weight for the tokens' gradient.
 
-        Its second copy is cached to the end of the forward pass where the weight is trained; the first is of a
-        view, which is not.
+        The weight's second copy is cached to the end of the forward pass where it is trained; the first is of
+        a view, which is not.
         """
         rows = self.rows if self.rows_cast else 0
         first = rows + self.weight + self.logits

@@ -24,8 +24,8 @@ class LossMemory:
     `input_kept`: the head keeps its input [T, h] for its weight's gradient. `weight_bytes` are the
     gradients it leaves, `waiting_bytes` of them in the engine until a tied embedding's come; `backward`
     is its worst moment; `output_bytes` are the logits in the model's output, which the plain loop holds to
-    the end of the step and HF Trainer's gives up with the forward pass. `early_bytes`: gradients of the weight
-    that the forward pass makes, beside its peak and what it keeps.
+    the end of the step and HF Trainer's gives up with the forward pass. `early_bytes`: gradients of the
+    weight that the forward pass makes, beside its peak and what it keeps.
     """
 
     forward_peak_bytes: int

@@ -53,8 +53,8 @@ class Stack:
     attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
     `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
     both to its end; `leaf_is_input`: the first layer keeps it anyway. `rows_bytes`: that output where nothing
-    keeps it, a variable (`inputs_embeds`) until the last layer is done. `keeps_graph`: the loop holds the loss
-    and with it the graph to the end of the step.
+    keeps it, a variable (`inputs_embeds`) until the last layer is done. `keeps_graph`: the loop holds the
+    loss and with it the graph to the end of the step.
     """
 
     stretches: tuple[Stretch, ...]

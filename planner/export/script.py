@@ -5,7 +5,7 @@ The loop is that of `planner.training.run`; tests run the script and hold its co
 
 from __future__ import annotations
 
-from planner.export.loops import CHUNKED_LOSS, chunked_line, one_step
+from planner.export.loops import LOSSES, loss_line, one_step
 from planner.export.methods import PIECES, piece_name
 from planner.export.shared import SHARED_STEP, shared_lines, shared_save
 from planner.model import Task
@@ -62,7 +62,7 @@ def main():
     {accelerator}
     name = given.model or settings["model"]
     model = loaded(name, settings){to_device}
-{chunked}    if settings["activation_checkpointing"]:
+{changed_loss}    if settings["activation_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})
     vocabulary = model.get_input_embeddings().weight.shape[0]
     model = attached(model, settings)
@@ -268,12 +268,12 @@ def script(setup: Setup) -> str:
         types="import types\n" if chunked else "",
         checkpoint="from torch.utils.checkpoint import checkpoint\n" if chunked else "",
         outputs="from transformers.modeling_outputs import CausalLMOutput\n" if chunked else "",
-        chunked=chunked_line(setup.training),
+        changed_loss=loss_line(setup.training),
         **({**lines, "to_device": ""} if quantized else lines),
     )
     step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
     step = step.replace("{one_step}", SHARED_STEP if shared else one_step(setup.training))
     save = shared_save(piece) if shared else piece.save
-    loss = CHUNKED_LOSS if chunked else ""
+    loss = LOSSES[setup.training.loss]
     dtype = _WEIGHT_DTYPE if quantized else ""
     return head + dtype + loss + piece.attached + step + _EXAMPLES[task] + save + _END

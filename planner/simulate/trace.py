@@ -75,9 +75,9 @@ class Modules:
             return False
         return bool(weight.shape == (factors[0].shape[0], factors[1].shape[1]))
 
-    def is_head_weight(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is the output weight."""
-        return tensor is getattr(self._head, "weight", None)
+    def makes_gradient(self, tensor: torch.Tensor) -> bool:
+        """Whether zeros like this tensor, made in the forward pass, become the output weight's gradient."""
+        return self.in_head and tensor is getattr(self._head, "weight", None)
 
     def unwatch(self) -> None:
         """Remove the hooks."""
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
         ledger.part, backward = self._part()
         if func is aten.zeros_like.default and self.phase == "optimizer_step":
             ledger.part = "optimizer_states"  # torch's optimizers make their states so, in the first step
-        elif func is aten.zeros_like.default and self.modules.in_head and self.modules.is_head_weight(args[0]):
+        elif func is aten.zeros_like.default and self.modules.makes_gradient(args[0]):
             ledger.part = "gradients"  # a fused loss makes the weight's gradient in the forward pass
         elif func is aten.mm.default and backward and self.modules.is_head_gradient(args):
             ledger.part = "gradients"  # a tied one waits in the engine for the embedding's

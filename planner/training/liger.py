@@ -1,9 +1,9 @@
 """Liger's fused linear cross-entropy: head, loss and their gradients together, in the forward pass.
 
-On a CUDA device the library itself runs. Elsewhere its steps are written out in torch: the same tensors in the
-same order, with kernels in torch's words on the CPU, and none on `meta`, where `planner.simulate.liger_forms`
-says what a card chooses. Source: liger_kernel 0.8.5, ops/fused_linear_cross_entropy.py and
-transformers/model/ (llama.py, gemma2.py, loss_utils.py).
+On a CUDA device the library itself runs. Elsewhere its steps are written out in torch: the same tensors in
+the same order, with kernels in torch's words on the CPU and none on `meta`, where
+`planner.simulate.liger_forms` says what a card chooses. Source: liger_kernel 0.8.5,
+ops/fused_linear_cross_entropy.py and transformers/model/ (llama.py, gemma2.py, loss_utils.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["fused_loss", "refuse_adapted_head", "require_liger", "with_fused_los
 
 
 def require_liger(device: torch.device) -> None:
-    """Refuse a CUDA device where the library is not installed; no other device needs it. Raises SetupError."""
+    """Refuse a CUDA device where the library is not installed; others do without. Raises SetupError."""
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is None:
         raise SetupError(
             "loss liger needs liger-kernel on a CUDA device, which is not installed; "
@@ -71,7 +71,8 @@ def fused_loss(
     padded = F.pad(labels, (0, 1), value=-100)
     targets = padded[..., 1:].contiguous()
     rows = hidden.view(-1, hidden.shape[-1])
-    loss: torch.Tensor = _FusedLoss.apply(rows, weight, targets.view(-1), items is None, softcap)
+    apply: Any = _FusedLoss.apply
+    loss: torch.Tensor = apply(rows, weight, targets.view(-1), items is None, softcap)
     if items is not None:
         loss = loss / items
     return loss
