@@ -1,4 +1,4 @@
-"""Liger's fused loss on the simulated device: what it takes, in order, and the library's own function beside it."""
+"""Liger's fused loss on the simulated device: what it takes, in order, beside the library's own function."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _library_on_meta(capability: tuple[int, int]) -> Any:
 
 
 class _Torch:
-    """torch, on a card of this capability: `addmm` into its sum takes nothing, `equal` asks as CUDA's does."""
+    """torch on a card: `addmm` into its sum takes nothing, `equal` asks as CUDA's does."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.cuda = types.SimpleNamespace(get_device_capability=lambda _device: capability)

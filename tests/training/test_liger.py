@@ -164,9 +164,8 @@ def test_a_trained_copy_of_the_output_layer_is_trained() -> None:
     method = PeftConfig(
         peft_config_json='{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}'
     )
-    run = TrainingRun(
-        setup_of(LLAMA, method, loss="liger", precision="fp32", optimizer="sgd"), torch.device("cpu"), _no_phases
-    )
+    setup = setup_of(LLAMA, method, loss="liger", precision="fp32", optimizer="sgd")
+    run = TrainingRun(setup, torch.device("cpu"), _no_phases)
     run.prepare()
     weight = run.net.get_output_embeddings().weight  # type: ignore[operator]
     before = weight.detach().clone()
