@@ -64,7 +64,8 @@ class Training:
     torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
     is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
-    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few.
+    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
+    `liger` is liger_kernel's fused loss alone.
     `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
@@ -141,7 +142,7 @@ class Setup:
         object.__setattr__(self, "sharding", sharding or Sharding())
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
-        check_loss(self.training.loss, self.model, shared=self.sharding.is_distributed)
+        check_loss(self.training.loss, self.model, self.method, shared=self.sharding.is_distributed)
         check_batching(self.model, self.method, self.training, self.gpu)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)

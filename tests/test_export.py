@@ -23,7 +23,7 @@ from planner.catalog.resolve import resolve
 from planner.cli.export import write
 from planner.errors import PlannerError, SetupError
 from planner.estimate.parameters import parameters
-from planner.export import BITSANDBYTES, REQUIREMENTS, exported
+from planner.export import BITSANDBYTES, LIGER, REQUIREMENTS, exported
 from planner.export.methods import PIECES
 from planner.export.script import script
 from planner.optimizers import EIGHT_BIT, Optimizer
@@ -157,6 +157,7 @@ def test_each_loop_and_loss_trains_alike(run, model: str, method: Any) -> None:
     if model == "qwen2":  # BERT's loss is refused in chunks
         assert losses(loss="chunked") == pytest.approx(plain, abs=2e-4)
         assert losses(loop="trainer", loss="chunked") == pytest.approx(plain, abs=2e-4)
+        assert losses(loss="liger") == plain  # on the CPU the model's own, and the script says so
 
 
 def test_hf_trainer_s_loop_divides_by_the_labels_of_the_whole_step(tmp_path) -> None:
@@ -188,7 +189,11 @@ def test_only_what_a_loop_needs_is_written() -> None:
     for words in ("inspect", "CausalLMOutput", "checkpoint(", "asked_for"):
         assert words not in plain, words
         assert words in trainer, words
-    for text in (plain, trainer):
+    fused = script(planned("qwen2", loss="liger"))
+    assert "liger" not in plain + trainer
+    assert '"fused_linear_cross_entropy": True,\n    "cross_entropy": False,' in fused
+    assert "    model = fused(model, accelerator.device)\n    if settings" in fused
+    for text in (plain, trainer, fused):
         compile(text, "train.py", "exec")
         assert max(map(len, text.splitlines())) <= 110
 
@@ -452,3 +457,5 @@ def test_the_requirements_are_the_tested_ranges() -> None:
     eight_bits = exported(planned(optimizer="lion-8bit"))
     assert eight_bits["requirements.txt"].splitlines() == [*extras["simulate"], BITSANDBYTES]
     assert "bitsandbytes" not in exported(planned())["train.py"]
+    assert extras["liger"] == [LIGER]
+    assert exported(planned(loss="liger"))["requirements.txt"].splitlines() == [*extras["simulate"], LIGER]

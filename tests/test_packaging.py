@@ -110,7 +110,8 @@ def test_the_wheel_says_what_it_is(wheel: Path, description: Message) -> None:
     assert description["License-Expression"] == "Apache-2.0"
     assert description["License-File"] == "LICENSE"
     assert description["Requires-Python"] == ">=3.11"
-    assert set(description.get_all("Provides-Extra", [])) == {"simulate", "qlora", "dashboard", "ray"}
+    extras = {"simulate", "qlora", "liger", "dashboard", "ray"}
+    assert set(description.get_all("Provides-Extra", [])) == extras
     body = description.get_payload()
     assert isinstance(body, str)
     assert body.strip() == (ROOT / "README.md").read_text().strip()
@@ -168,7 +169,8 @@ def test_requirements_ask_for_the_same_ranges_as_the_distribution() -> None:
     assert ranges(lines("requirements.txt")) == ranges(everything)
     assert ranges(lines("requirements-ray.txt")) == ranges(PROJECT["optional-dependencies"]["ray"])
     assert ranges(lines("requirements-qlora.txt")) == ranges(PROJECT["optional-dependencies"]["qlora"])
-    assert set(PROJECT["optional-dependencies"]) == {"simulate", "dashboard", "qlora", "ray"}
+    assert ranges(lines("requirements-liger.txt")) == ranges(PROJECT["optional-dependencies"]["liger"])
+    assert set(PROJECT["optional-dependencies"]) == {"simulate", "dashboard", "qlora", "liger", "ray"}
 
 
 def test_the_page_without_torch_asks_for_the_core_and_the_dashboard() -> None:
@@ -178,7 +180,7 @@ def test_the_page_without_torch_asks_for_the_core_and_the_dashboard() -> None:
 
 def test_every_range_has_both_ends_and_holds_its_pin() -> None:
     pinned = pins()
-    files = ("requirements.txt", "requirements-qlora.txt", "requirements-ray.txt")
+    files = ("requirements.txt", *(f"requirements-{name}.txt" for name in ("qlora", "liger", "ray")))
     for name, specifier in ranges([row for file in files for row in lines(file)]).items():
         requirement = Requirement(f"{name}{specifier}")
         assert {s.operator for s in requirement.specifier} == {">=", "<"}, name
@@ -191,6 +193,7 @@ def test_every_range_has_both_ends_and_holds_its_pin() -> None:
         ("requirements.txt", "-c constraints.txt"),
         ("requirements-web.txt", "-c constraints.txt"),
         ("requirements-qlora.txt", "-c constraints.txt"),
+        ("requirements-liger.txt", "-c constraints.txt"),
         ("requirements-ray.txt", "-c constraints.txt"),
         ("tests/requirements.txt", "-c ../constraints.txt"),
     ],

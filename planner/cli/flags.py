@@ -50,7 +50,8 @@ HELP: dict[str, str] = {
     "prefetch": "units that FSDP gathers ahead, in forward and backward (default: its own)",
     "shard_unit": "module class that FSDP gathers as one unit (default: the model's layer)",
     "loop": "who writes the loop: plain keeps the logits through the backward pass, HF's trainer does not",
-    "loss": "full makes all logits at once, chunked those of 1,024 tokens at a time, twice",
+    "loss": "full makes all logits at once, chunked those of 1,024 tokens at a time, twice; liger is "
+    "liger_kernel's fused loss, without its other kernels",
     "batching": "samples all of one length (full), padded to it with a mask, or packed into one row",
 }
 

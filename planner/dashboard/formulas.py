@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from planner.batching import has_masks, row_shape
 from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
-from planner.estimate.recipes import RECIPES
-from planner.losses import LOSS_CHUNK_TOKENS
+from planner.estimate.recipes import RECIPES, recipe_of
+from planner.losses import LIGER_VERSION, LOSS_CHUNK_TOKENS, liger_chunk_tokens
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup, Training
@@ -211,6 +211,18 @@ def _logits(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
             "time, made again in the backward pass: log-softmax, its gradient and the logits' one in fp32, "
             "and a second gradient of the output weight where it is trained.",
             "planner/training/losses.py; torch.utils.checkpoint; aten/src/ATen/native/cuda/SoftMax.cu",
+        )
+    if training.loss == "liger":
+        tokens, recipe = training.micro_batch_size * training.seq_len, recipe_of(setup)
+        element = recipe.compute if recipe.autocast else recipe.base
+        some = liger_chunk_tokens(tokens, shape.vocab_size, shape.hidden_size)
+        return (
+            r"b \cdot s \cdot h \cdot e + n \cdot v \cdot e_c",
+            f"n v = {some:,} x {shape.vocab_size:,}, {element} bytes each: logits of {some:,} tokens at a "
+            "time, which become their gradient in place, beside the gradient of the head's input, b s h = "
+            f"{tokens:,} x {shape.hidden_size:,}. The output weight's gradient, where it is trained, is "
+            "there from then on and counts among the gradients.",
+            f"liger_kernel {LIGER_VERSION}, ops/fused_linear_cross_entropy.py",
         )
     return (
         r"b \cdot s \cdot v \cdot (e_c + 4 + \ldots)",

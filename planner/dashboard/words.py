@@ -125,7 +125,8 @@ FIELD_HELP = {
     "loop": "plain says outputs = model(**batch) and so keeps the logits to the end of the step; "
     "Hugging Face's Trainer gives them up before the backward pass.",
     "loss": "full makes the logits of all tokens at once; chunked those of 1,024 tokens at a time, and once "
-    "more in the backward pass.",
+    "more in the backward pass; liger is liger_kernel's fused loss, which makes the head's gradients in the "
+    "forward pass.",
     "batching": "full: every sample has all tokens; padded: shorter ones are filled up and a mask goes to "
     "attention; packed: all samples in one row, none filled up.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",

@@ -55,16 +55,16 @@ def attention_plan(
 ) -> AttentionPlan:
     """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
 
-    `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence, padding, several
-    samples in a row) rules out flash, but for the one told their lengths (`varlen`); then transformers
-    repeats keys and values for all heads, which else only flash and cuDNN take grouped. cuDNN comes first on
-    capability 9 and 10. The math kernel takes what no other does, so bfloat16 before Ampere
+    `element` is the bytes of q, k and v. A mask (a sliding window not longer than the sequence, padding,
+    several samples in a row) rules out flash, but for the one told their lengths (`varlen`); then
+    transformers repeats keys and values for all heads, which else only flash and cuDNN take grouped. cuDNN
+    comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16 before Ampere
     (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
     """
     training, traits = setup.training, TRAITS[shape.family]
     rows, length = row_shape(training)
     masked = prefix > 0 or traits.always_masked or has_masks(training)
-    masked |= form.sliding and shape.sliding_window is not None and length > shape.sliding_window
+    masked |= form.sliding and shape.sliding_window is not None and length >= shape.sliding_window
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     # Falcon: a single key head meets all heads in the products, which copy it where there are several
     # samples; several are copied to all heads before.
@@ -133,7 +133,10 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         _cached(ops, k, v, plan)
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
-        k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
+        if shape.num_key_value_heads == 1 and plan.kernel != "eager":  # one head for all is a view of it
+            k, v = (ops.view(t, t.numel * groups) for t in (k, v))
+        else:
+            k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
     if plan.kernel == "eager":
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:

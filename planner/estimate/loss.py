@@ -24,7 +24,8 @@ class LossMemory:
     `input_kept`: the head keeps its input [T, h] for its weight's gradient. `weight_bytes` are the
     gradients it leaves, `waiting_bytes` of them in the engine until a tied embedding's come; `backward`
     is its worst moment; `output_bytes` are the logits in the model's output, which the plain loop holds to
-    the end of the step and HF Trainer's gives up with the forward pass.
+    the end of the step and HF Trainer's gives up with the forward pass. `early_bytes`: gradients of the
+    weight that the forward pass makes, beside its peak and what it keeps.
     """
 
     forward_peak_bytes: int
@@ -34,6 +35,7 @@ class LossMemory:
     input_kept: bool
     output_bytes: int
     waiting_bytes: int = 0
+    early_bytes: int = 0
 
 
 def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architecture) -> Tensor:

@@ -162,10 +162,11 @@ class Operations(Tape):
         inverse = Tensor(rows, 4, False)
         squares = block_bytes(x.numel * 4)
         kept: tuple[Tensor, ...] = (single, inverse) if x.needs_grad else ()
-        gradients = 0
+        gradients = freed = 0
         if form.weight_trained:
             element = 4 if self.traits.rms_weight_in_fp32 else x.element
-            kept = (*kept, Tensor(x.numel, element, False))
+            kept = (*kept, normalized := Tensor(x.numel, element, False))
+            freed = normalized.size_bytes  # w's gradient comes first
             gradients = block_bytes(form.width * self.recipe.base)
         out_element = x.element
         scratch = 4 * squares - out_element * x.numel  # beside the gradients of output and input
@@ -177,6 +178,7 @@ class Operations(Tape):
             weight_bytes=gradients,
             scratch_bytes=scratch,
             work_bytes=2 * squares,
+            freed_bytes=freed,
         )
 
     def layer_norm(self, x: Tensor, form: NormForm) -> Tensor:

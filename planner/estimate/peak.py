@@ -131,10 +131,13 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     """
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = Alive(phase="forward")
-    for stretch in layers.stretches:
+    for number, stretch in enumerate(layers.stretches):
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
         waiting += left_bytes * (stretch.count - 1)
-        activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
+        held_bytes = stretch.input_bytes + stretch.passed_bytes
+        if number > 1 or stretch.count > 1 or not layers.leaf_is_input:
+            held_bytes += layers.rows_bytes if number else 0  # the first layer's input may be the same tensor
+        activations = waiting + held_bytes + stretch.forward_peak_bytes
         moment = Alive(
             phase="forward",
             gradients=gradients,
@@ -146,7 +149,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
         waiting += left_bytes
     moment = Alive(
         phase="forward",
-        gradients=gradients,
+        gradients=gradients + layers.loss.early_bytes,
         activations=waiting + layers.hidden_bytes,
         logits_and_loss=earlier_logits + layers.loss.forward_peak_bytes,
         workspace=workspace,
@@ -219,7 +222,7 @@ def _phases(
     states = kept.optimizer_states_bytes
     waiting = output = held = 0
     if layers is not None:
-        waiting = layers.loss.output_bytes + layers.loss.kept_bytes
+        waiting = layers.loss.output_bytes + layers.loss.kept_bytes + layers.loss.early_bytes
         waiting += _waiting(layers, setup.training.activation_checkpointing)
         output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
         held = layers.loss.output_bytes + layers.left_bytes

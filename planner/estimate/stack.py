@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from planner.batching import has_masks, row_shape, takes_lengths
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
+from planner.estimate.fused_loss import fused_loss_memory
 from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
@@ -29,7 +30,8 @@ class Stretch:
 
     `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
     moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
-    gradients it leaves. `copied_bytes` are copies of weights that autocast holds through the forward pass
+    gradients it leaves. `passed_bytes`: its input where it is not kept, which the caller's variable holds as
+    long as it runs forward. `copied_bytes` are copies of weights that autocast holds through the forward pass
     though a checkpoint drops them. `pinned_bytes` stay to the end of the step.
     """
 
@@ -39,6 +41,7 @@ class Stretch:
     forward_peak_bytes: int
     backward: Moment | None
     weight_bytes: int
+    passed_bytes: int = 0
     copied_bytes: int = 0
     pinned_bytes: int = 0
 
@@ -50,8 +53,9 @@ class Stack:
     `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
     attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
     `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
-    both to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss
-    and with it the graph to the end of the step.
+    both to its end; `leaf_is_input`: the first layer keeps it anyway. `rows_bytes`: that output where nothing
+    keeps it, a variable (`inputs_embeds`) until the last layer is done. `keeps_graph`: the loop holds the
+    loss and with it the graph to the end of the step.
     """
 
     stretches: tuple[Stretch, ...]
@@ -62,6 +66,7 @@ class Stack:
     hidden_bytes: int
     leaf_bytes: int
     leaf_is_input: bool
+    rows_bytes: int
     keeps_graph: bool
 
     @property
@@ -147,7 +152,10 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     if training.loss == "chunked":
         head.tokens = min(head.tokens, LOSS_CHUNK_TOKENS)
         memory = chunked_loss_memory
-    loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
+    if training.loss == "liger":
+        loss = fused_loss_memory(head, hidden, form, setup)
+    else:
+        loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
     stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
     return Stack(
         stretches=tuple(stretches),
@@ -158,6 +166,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
+        rows_bytes=0 if hooked or (leaf_is_input and stretches[1].input_bytes) else rows.size_bytes,
         keeps_graph=training.loop == "plain",
     )
 
@@ -197,8 +206,8 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     """Masks [b, 1, s, s], one for each kind of layer; transformers 5.23, masking_utils.py.
 
     Eager attention always has them, in the embeddings' type. Fused attention has one of bools where a
-    sliding window is shorter than the sequence, or keys of a prefix come first; where samples are padded or
-    packed, one for each kind of layer.
+    sliding window is not longer than the sequence, or keys of a prefix come first; where samples are padded
+    or packed, one for each kind of layer.
     """
     b, s = row_shape(training)
     sliding = len(shape.sliding_layers)
@@ -211,7 +220,7 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
         return ((sliding > 0) + (sliding < shape.num_layers)) * block_bytes(b * s * (s + prefix))
     if prefix or TRAITS[shape.family].always_masked:
         return block_bytes(b * s * (s + prefix))
-    if shape.sliding_window is not None and sliding and s > shape.sliding_window:
+    if shape.sliding_window is not None and sliding and s >= shape.sliding_window:
         return block_bytes(b * s * s)
     return 0
 
@@ -260,6 +269,7 @@ def _stretch(
             forward_peak_bytes=forward_peak,
             backward=None,
             weight_bytes=0,
+            passed_bytes=start.size_bytes if start is not None else 0,
         )
     if not checkpointed:
         for owner in pinned:
@@ -282,6 +292,7 @@ def _stretch(
         forward_peak_bytes=forward_peak,
         backward=moment,
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
+        passed_bytes=start.size_bytes if start is not None and not input_bytes else 0,
         copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
         pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
     )

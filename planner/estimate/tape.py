@@ -34,6 +34,7 @@ class Node:
 
     __slots__ = (
         "aliases",
+        "freed_bytes",
         "inputs",
         "kept",
         "outputs",
@@ -55,6 +56,7 @@ class Node:
         work_bytes: int = 0,
         reads_weight: bool = False,
         pinned: tuple[Tensor, ...] = (),
+        freed_bytes: int = 0,
     ) -> None:
         """`aliases`: the inputs' gradients are the output's own; all others as in `Tape.op`."""
         self.inputs = inputs
@@ -66,6 +68,7 @@ class Node:
         self.work_bytes = work_bytes
         self.reads_weight = reads_weight
         self.pinned = pinned
+        self.freed_bytes = freed_bytes
 
 
 class Moment:
@@ -116,6 +119,7 @@ class Tape:
         trained: bool = False,
         reads_weight: bool = False,
         pinned: tuple[Tensor, ...] = (),
+        freed_bytes: int = 0,
     ) -> Tensor:
         """A new tensor of `numel` elements.
 
@@ -124,7 +128,8 @@ class Tape:
         output, inputs and weights; `work_bytes` live beside the output in the forward pass. `trained`: a
         weight is trained here though its gradient is counted elsewhere. `reads_weight`: the backward pass
         needs a weight, which a checkpoint hands out only after its recomputation. `pinned`: tensors that the
-        node itself refers to, past its backward pass and in spite of a checkpoint.
+        node itself refers to, past its backward pass and in spite of a checkpoint. `freed_bytes`: of what is
+        kept, gone before the scratch is there.
         """
         needs = trained or weight_bytes > 0
         for tensor in inputs:
@@ -143,6 +148,7 @@ class Tape:
                 work_bytes,
                 reads_weight and needs,
                 pinned if needs else (),
+                freed_bytes,
             )
         )
         return out
@@ -257,10 +263,10 @@ class Tape:
                         live += tensor.size_bytes
                         made.append((tensor, _Gradient(tensor.size_bytes)))
             new_bytes = live + node.scratch_bytes + node.weight_bytes
-            if kept + new_bytes + weights > best_total:
-                best_total = kept + new_bytes + weights
+            if kept - node.freed_bytes + new_bytes + weights > best_total:
+                best_total = kept - node.freed_bytes + new_bytes + weights
                 new_weights = min(node.weight_bytes, head_bytes)
-                best = Moment(kept, new_bytes - new_weights, weights + new_weights)
+                best = Moment(kept - node.freed_bytes, new_bytes - new_weights, weights + new_weights)
             if not accumulates:
                 weights += node.weight_bytes
             for tensor, new in made:

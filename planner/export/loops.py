@@ -1,11 +1,11 @@
-"""What train.py says for the loop and the loss of one GPU: the plain step, HF Trainer's, a loss in chunks."""
+"""What train.py says for the loop and the loss of one GPU: the plain step, HF Trainer's, a loss in pieces."""
 
 from __future__ import annotations
 
-from planner.losses import LOSS_CHUNK_TOKENS
+from planner.losses import LIGER_KERNELS, LOSS_CHUNK_TOKENS
 from planner.spec import Training
 
-__all__ = ["CHUNKED_LOSS", "chunked_line", "one_step"]
+__all__ = ["LOSSES", "loss_line", "one_step"]
 
 _PLAIN = '''\
 def one_step(accelerator, model, optimizer, trained, data, settings):
@@ -61,7 +61,7 @@ def asked_for(model, waiting):
     return {"num_items_in_batch": torch.stack(asked).sum()}
 '''
 
-CHUNKED_LOSS = f'''
+_CHUNKED = f'''
 
 def chunked(model):
     """A forward pass that returns the loss alone: {LOSS_CHUNK_TOKENS:,} tokens have logits at a time."""
@@ -89,6 +89,33 @@ def summed_loss(head, hidden, targets):
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 '''
 
+# As transformers' integrations/liger.py; TrainingArguments take the same dict as liger_kernel_config.
+_LIGER = f'''
+
+LIGER_KERNELS = {{
+{"".join(f'    "{name}": {on},{chr(10)}' for name, on in LIGER_KERNELS.items())}}}
+
+
+def fused(model, device):
+    """Liger's fused loss alone: both gradients of the output layer are made in the forward pass."""
+    if device.type != "cuda":
+        print("Liger's kernels need a CUDA device; the model's own loss runs instead.")
+        return model
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, **LIGER_KERNELS)
+    return model
+'''
+
+LOSSES: dict[str, str] = {"full": "", "chunked": _CHUNKED, "liger": _LIGER}
+"""The functions that a loss needs."""
+
+_LINES = {
+    "full": "",
+    "chunked": "    model = chunked(model)\n",
+    "liger": "    model = fused(model, accelerator.device)\n",
+}
+
 
 def one_step(training: Training) -> str:
     """The function that takes an optimizer step, in the planned loop."""
@@ -97,6 +124,6 @@ def one_step(training: Training) -> str:
     return _TRAINER + _STEPPED + _ASKED_FOR
 
 
-def chunked_line(training: Training) -> str:
+def loss_line(training: Training) -> str:
     """The line of main() that changes the loss; empty for the model's own."""
-    return "    model = chunked(model)\n" if training.loss == "chunked" else ""
+    return _LINES[training.loss]

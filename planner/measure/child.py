@@ -291,8 +291,8 @@ def _keep_trace(path: str, labels: list[str], setup: Any, found: Any, torch: Any
 def _versions(torch: Any) -> dict[str, str]:
     from importlib import metadata, util
 
-    found = (name for name in (*_PACKAGES, "bitsandbytes") if name in _PACKAGES or util.find_spec(name))
-    versions = {name: metadata.version(name) for name in found}
+    found = (name for name in ("bitsandbytes", "liger_kernel") if util.find_spec(name))
+    versions = {name: metadata.version(name) for name in (*_PACKAGES, *found)}
     versions["torch"] = torch.__version__
     versions["cuda"] = str(torch.version.cuda)
     versions["planner"] = __version__

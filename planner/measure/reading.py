@@ -43,6 +43,7 @@ class CudaReadings:
         self._base = self._adapters = self._gradients = self._states = 0
         self._buckets = 0  # DDP's, which hold gradients a second time
         self._unreduced = False  # whether whole gradients wait in FSDP2, where they are not followed
+        self._early = False  # whether a fused loss makes the head's gradient before it is accumulated
         self._accumulated: dict[int, torch.nn.Parameter] = {}
         self._waiting: tuple[int, ...] = ()
         self._at_peak: tuple[int, ...] = ()
@@ -57,6 +58,8 @@ class CudaReadings:
             parameter.register_post_accumulate_grad_hook(self._accumulated_gradient)
         head = run.net.get_output_embeddings()  # type: ignore[operator]
         weight: torch.nn.Parameter | None = getattr(head, "weight", None)
+        if run.setup.training.loss == "liger":
+            self._early = weight is not None and weight.requires_grad
         tied = getattr(run.net.get_input_embeddings(), "weight", None)  # type: ignore[operator]
         if weight is tied and weight is not None and weight.requires_grad and not _is_shard(weight):
             head.register_forward_hook(self._tied_head)
@@ -113,14 +116,15 @@ class CudaReadings:
             device_used_bytes=self._used_bytes(),
             seconds=seconds,
             failed=failed,
-            known={} if failed and name == "load" else self._sure(self._known(name, allocated)),
+            known={} if failed and name == "load" else self._sure(name, self._known(name, allocated)),
         )
         self._mark(f"end {name} {step or ''}")
         if name == "load" and not failed:
             torch.cuda.empty_cache()  # what random initialization left behind; a checkpoint leaves nothing
 
-    def _sure(self, known: dict[str, int]) -> dict[str, int]:
-        return {part: size for part, size in known.items() if part != "gradients" or not self._unreduced}
+    def _sure(self, name: str, known: dict[str, int]) -> dict[str, int]:
+        unsure = self._unreduced or (self._early and name in ("forward", "backward"))
+        return {part: size for part, size in known.items() if part != "gradients" or not unsure}
 
     def _known(self, name: str, allocated: int) -> dict[str, int]:
         """The parts known exactly at this phase's peak."""

@@ -26,6 +26,7 @@ CUBLASLT_WORKSPACE_BYTES = 1024 * 1024  # CublasHandlePool.cpp: parseCUDABlasLtW
 PRODUCTS = frozenset(
     {
         aten.mm.default,
+        aten.mm.out,
         aten.bmm.default,
         aten.addmm.default,
         aten.baddbmm.default,

@@ -10,6 +10,7 @@ import torch
 
 from planner.batching import has_masks
 from planner.catalog.gpus import Gpu, gpu as gpu_named
+from planner.losses import LIGER_VERSION
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
@@ -112,4 +113,6 @@ def provenance(setup: Setup) -> dict[str, Any]:
         import bitsandbytes
 
         versions["bitsandbytes"] = bitsandbytes.__version__
+    if setup.training.loss == "liger":
+        versions["liger_kernel"] = LIGER_VERSION  # whose source the forms follow; it need not be installed
     return versions

@@ -22,6 +22,7 @@ from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
+from planner.simulate.liger_forms import liger_forms
 from planner.simulate.mask_forms import mask_forms
 from planner.simulate.paged_forms import paged_forms
 from planner.simulate.peft_forms import peft_forms
@@ -81,6 +82,7 @@ class Simulation:
                 stack.enter_context(quantized_forms())
                 stack.enter_context(paged_forms(self.ledger.count_paged))
                 stack.enter_context(peft_forms(self.tracer))
+                stack.enter_context(liger_forms(self.modules, self.rules.capability))
                 if self.has_masks:
                     stack.enter_context(mask_forms(self.tracer))
                 stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", self.ledger.empty_cache))

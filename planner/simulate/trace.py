@@ -75,6 +75,10 @@ class Modules:
             return False
         return bool(weight.shape == (factors[0].shape[0], factors[1].shape[1]))
 
+    def makes_gradient(self, tensor: torch.Tensor) -> bool:
+        """Whether zeros like this tensor, made in the forward pass, become the output weight's gradient."""
+        return self.in_head and tensor is getattr(self._head, "weight", None)
+
     def unwatch(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -88,6 +92,12 @@ class Modules:
     def begin_forward(self) -> None:
         """A new forward pass: logits are not there yet."""
         self.in_head, self.head_sequence, self.forward_end = False, None, None
+
+    def begin_head(self) -> None:
+        """Logits begin, or a loss that makes them by itself."""
+        self.in_head = True
+        if self.head_sequence is None:  # a chunked loss enters the head again, in the backward pass too
+            self.head_sequence = torch._C._autograd._get_sequence_nr()
 
     def end_forward(self) -> None:
         """The loss is there; later numbers belong to a recomputation."""
@@ -112,9 +122,7 @@ class Modules:
         self.stack.append(name)
         self._mark()
         if module is self._head:
-            self.in_head = True
-            if self.head_sequence is None:  # a chunked loss enters it again, in the backward pass too
-                self.head_sequence = torch._C._autograd._get_sequence_nr()
+            self.begin_head()
         elif self.forward_end is not None and self._names.get(id(self._head)) not in self.stack:
             self.in_head = False
 
@@ -168,6 +176,8 @@ class Tracer(TorchDispatchMode):
         ledger.part, backward = self._part()
         if func is aten.zeros_like.default and self.phase == "optimizer_step":
             ledger.part = "optimizer_states"  # torch's optimizers make their states so, in the first step
+        elif func is aten.zeros_like.default and self.modules.makes_gradient(args[0]):
+            ledger.part = "gradients"  # a fused loss makes the weight's gradient in the forward pass
         elif func is aten.mm.default and backward and self.modules.is_head_gradient(args):
             ledger.part = "gradients"  # a tied one waits in the engine for the embedding's
         ledger.op, ledger.place = func, self._node_or_place(backward)

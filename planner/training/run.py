@@ -16,6 +16,7 @@ from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels, implementation
 from planner.training.batches import samples, tokens_asked_for
 from planner.training.build import loaded, skeleton
+from planner.training.liger import refuse_adapted_head, require_liger, with_fused_loss
 from planner.training.losses import chunked
 from planner.training.optimizers import optimizer_for, require_library
 from planner.training.peft_config import method_batch, refuse_unknown
@@ -53,6 +54,8 @@ class TrainingRun:
                 "measure such a setup alone, or leave --sharding and --num-gpus out."
             )
         require_library(setup.training.optimizer)
+        if setup.training.loss == "liger":
+            require_liger(device)
         refuse_unknown(setup.method, setup.model)
         self.setup = setup
         self.device = device
@@ -72,6 +75,8 @@ class TrainingRun:
             self.net = quantizable(self.net, setup.method, loaded_dtype(setup))
         if setup.training.loss == "chunked":
             self.net = chunked(self.net)
+        elif setup.training.loss == "liger":
+            self.net = with_fused_loss(self.net, device)
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
@@ -94,6 +99,8 @@ class TrainingRun:
             self.net = attached(
                 self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora
             )
+            if training.loss == "liger":
+                refuse_adapted_head(self.net, setup.model.id)
             self.net.train()
             move_trained(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.spec import BitFit, FullFineTuning, LoRA, Method
+from planner.spec import BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA
 
 __all__ = ["STEP_CASES"]
 
@@ -14,6 +14,10 @@ LORA = LoRA(lora_rank=16, target_modules=("attention",))
 ALL_LINEAR = LoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05)
 HEAD = LoRA(lora_rank=8, target_modules=("q_proj", "lm_head"))
 BITFIT = BitFit()
+NF4 = QLoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05)
+SAVED_HEAD = PeftConfig(
+    peft_config_json='{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}'
+)
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 QWEN2 = "Qwen/Qwen2.5-0.5B"
@@ -25,10 +29,16 @@ OPT = "facebook/opt-350m"
 PHI = "microsoft/phi-1_5"
 PHI3 = "microsoft/Phi-3-mini-4k-instruct"
 OLMO2 = "allenai/OLMo-2-0425-1B"
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
+GEMMA2 = "google/gemma-2-2b"
+GEMMA3 = "google/gemma-3-1b-pt"
+QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 BERT = "google-bert/bert-large-uncased"
 
 Case = tuple[str, Method, dict[str, Any]]
 TRAINER = {"micro_batch_size": 4, "seq_len": 512, "loop": "trainer"}
+LIGER = {"micro_batch_size": 8, "seq_len": 512, "loss": "liger"}
 CHUNKED = {"micro_batch_size": 8, "seq_len": 512, "loss": "chunked"}
 
 STEP_CASES: list[Case] = [
@@ -66,4 +76,53 @@ STEP_CASES: list[Case] = [
     ],
     (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 700, "loss": "chunked"}),  # one chunk
     (GEMMA, LORA, {"micro_batch_size": 3, "seq_len": 900, "loss": "chunked"}),  # the last chunk is short
+    # Liger's loss: both gradients of the head made in the forward pass, logits of some tokens in one tensor
+    *[
+        (model, method, LIGER)
+        for model in (LLAMA, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, SMOLLM3)
+        for method in (FULL, ALL_LINEAR)
+    ],
+    (QWEN2, BITFIT, LIGER),
+    (LLAMA, SAVED_HEAD, LIGER),
+    (LLAMA, NF4, LIGER),
+    (QWEN3_MOE, LORA, {**LIGER, "optimizer": "sgd"}),
+    *[
+        (model, method, {**LIGER, "precision": precision})
+        for model, method, precision in (
+            (QWEN2, FULL, "bf16-mixed"),
+            (QWEN2, FULL, "fp32"),
+            (LLAMA, LORA, "bf16-mixed"),
+            (GEMMA3, FULL, "fp16-mixed"),
+            (LLAMA, NF4, "bf16-mixed"),
+            (QWEN3, LORA, "fp32"),
+        )
+    ],
+    # where the head's product is the peak: short of memory elsewhere, large vocabularies
+    *[
+        (model, method, {**LIGER, "activation_checkpointing": True, **more})
+        for model, method, more in (
+            (LLAMA, FULL, {}),
+            (GEMMA3, LORA, {"micro_batch_size": 1}),
+            (GEMMA3, FULL, {"precision": "bf16-mixed"}),
+            (QWEN2, LORA, {"precision": "fp16-mixed"}),
+            (QWEN2, FULL, {"precision": "fp32", "optimizer": "sgd"}),
+        )
+    ],
+    *[
+        (model, method, {**LIGER, "loop": "trainer", **more})
+        for model, method, more in (
+            (LLAMA, FULL, {"gradient_accumulation_steps": 2}),
+            (MISTRAL, FULL, {"gradient_accumulation_steps": 3, "optimizer": "sgd"}),
+            (QWEN2, LORA, {"activation_checkpointing": True}),
+            (QWEN2, FULL, {"gradient_accumulation_steps": 2, "precision": "bf16-mixed"}),
+        )
+    ],
+    # summed in place from capability 8.0 on, by a product and a copy before it
+    *[
+        (model, FULL, {**LIGER, "gpu": gpu, "precision": precision, "optimizer": "sgd"})
+        for model in (LLAMA, GEMMA3)
+        for gpu, precision in (("t4", "fp16"), ("t4", "fp16-mixed"), ("h200", "bf16"), ("h200", "bf16-mixed"))
+    ],
+    (LLAMA, FULL, {**LIGER, "micro_batch_size": 1, "seq_len": 20, "loop": "trainer"}),  # one token a chunk
+    (GEMMA, LORA, {**LIGER, "micro_batch_size": 3, "seq_len": 900}),  # the last chunk is short
 ]
