@@ -14,6 +14,7 @@ from typing import Literal
 from planner.estimate.forms import LayerForm
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
+from planner.estimate.sinks import attention_with_sinks
 from planner.estimate.tape import Tensor
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture
@@ -128,7 +129,10 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
         k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
-    if plan.kernel == "eager":
+    if form.sinks:
+        gradient = block_bytes(form.sinks * ops.recipe.base) if form.sinks_trained else 0
+        out = attention_with_sinks(ops, q, k, v, plan, sinks_bytes=gradient)
+    elif plan.kernel == "eager":
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)

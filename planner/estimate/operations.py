@@ -234,6 +234,9 @@ class Operations(Tape):
         the half-turned gradient and one spread slice live beside x's gradient.
         """
         element = 4 if self.recipe.autocast else x.element  # cos and sin have the residual stream's type
+        if self.traits.rotary_halves:
+            half = block_bytes(x.numel * element)
+            return self.op((x,), x.numel, element, scratch_bytes=half, work_bytes=half)
         turned = int(x.numel * share)
         scratch = 2 * block_bytes(turned * element)
         if not cats:

@@ -183,7 +183,8 @@ def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:
     """cos and sin [1, s, d] in the embeddings' type, made once and kept by every layer."""
     if shape.positions != "rope":
         return 0
-    return 2 * block_bytes(seq_len * (shape.rotary_dim or shape.head_dim) * element)
+    width = shape.rotary_dim or shape.head_dim
+    return 2 * block_bytes(seq_len * (width // 2 if TRAITS[shape.family].rotary_halves else width) * element)
 
 
 def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: int) -> int:

@@ -159,6 +159,12 @@ class Tape:
         self.nodes.append(Node((x,), outs))
         return outs
 
+    def added_in_place(self, x: Tensor, y: Tensor) -> Tensor:
+        """x += y, of the same size: no new storage, and both gradients are the output's."""
+        out = Tensor(x.numel, x.element, x.needs_grad or y.needs_grad, x.owner)
+        self.nodes.append(Node((x, y), (out,), aliases=True))
+        return out
+
     def hold(self, *tensors: Tensor) -> None:
         """Say that a variable of the running function refers to these until here."""
         last = len(self.nodes) - 1

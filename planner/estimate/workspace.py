@@ -31,7 +31,7 @@ def _adds_biases(form: ModelForm, *, but_quantized: bool) -> bool:
     linears = [form.head, *form.outer_linears]
     for layer, _ in form.runs:
         linears += [*layer.attention_inputs, layer.attention_output, *layer.mlp_inputs]
-        linears += [layer.mlp_output] if layer.mlp_output else []
+        linears += [linear for linear in (layer.mlp_output, layer.router) if linear]
         if layer.bottleneck:
             return True
     return any(

@@ -85,6 +85,7 @@ ROBERTA = "FacebookAI/roberta-large"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
+GPT_OSS = "openai/gpt-oss-20b"
 FALCON, FALCON_GROUPED = "tiiuae/falcon-7b", "tiiuae/falcon-40b"
 OTHER_OPTIMIZERS = (
     "adamw-single",
@@ -224,6 +225,16 @@ CASES: list[Case] = [
     (MIXTRAL, LORA, {"micro_batch_size": 8, "seq_len": 2048, "activation_checkpointing": True}),
     (QWEN3_MOE, LORA, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 128}),
+    # gpt-oss: sinks beside the scores, a window in every other layer, experts with biases and a clamped gate
+    *[
+        (GPT_OSS, method, {"micro_batch_size": 2, "seq_len": 1024, "optimizer": "sgd", "loop": "trainer"})
+        for method in (FULL, LORA, PFEIFFER, BITFIT)
+    ],
+    (GPT_OSS, LORA, {"micro_batch_size": 4, "seq_len": 1024, "precision": "bf16-mixed"}),
+    (GPT_OSS, ALL_LINEAR, {"micro_batch_size": 4, "seq_len": 2048, "activation_checkpointing": True}),
+    (GPT_OSS, NF4, {"micro_batch_size": 3, "seq_len": 700, "loop": "trainer"}),
+    (GPT_OSS, INT8, {"micro_batch_size": 1, "seq_len": 1111, "precision": "fp16"}),
+    (GPT_OSS, FULL, {"micro_batch_size": 1, "seq_len": 333, "precision": "fp32", "optimizer": "sgd"}),
     # Falcon: one key head for all, or several copied to all
     *[
         (model, method, {"micro_batch_size": 2, "seq_len": 512, "optimizer": "sgd"})
