@@ -67,6 +67,7 @@ class Operations(Tape):
         if form.scaled == "inputs":  # IA3 on a feed-forward layer: ia3/layer.py, `Linear.forward`
             x = scaled_by_vector(self, self.cast(x, self.recipe.adapter), x.element)
         out = quantized_product(self, x, form) if form.quantized else self._product_with_weight(x, form)
+        self.hold(x)  # the module's argument, also where autocast has multiplied a copy
         if form.rank:
             out = dora(self, x, out, form) if form.dora else self._lora(x, out, form)
         if form.scaled == "outputs":
@@ -79,7 +80,10 @@ class Operations(Tape):
         base = self.recipe.base
         gradients = block_bytes(form.inputs * form.outputs * base) if form.weight_trained else 0
         biases = block_bytes(form.outputs * base) if form.bias_trained else 0
-        return self._product(x, form.inputs, form.outputs, gradients, biases)
+        if not (form.bias and self.traits.bias_added_apart):
+            return self._product(x, form.inputs, form.outputs, gradients, biases)
+        out = self._product(x, form.inputs, form.outputs, gradients, 0)
+        return self.op((out,), out.numel, max(out.element, base), aliases=True, weight_bytes=biases)
 
     def _product(self, x: Tensor, inputs: int, outputs: int, gradients: int, biases: int) -> Tensor:
         """x W. `gradients` and `biases`: bytes of the gradients of W and b where they are trained."""

@@ -43,16 +43,15 @@ def estimate(setup: Setup) -> MemoryReport:
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
     workspace = _workspace(setup, known=known)
-    checkpointed = setup.training.activation_checkpointing
-    worst = _moments(kept, layers, workspace, checkpointed=checkpointed)
+    worst = _moments(kept, layers, workspace)
     if layers is not None and setup.training.gradient_accumulation_steps > 1:
         again = stack(setup, accumulates=True)
-        later = _moments(kept, again, workspace, checkpointed=checkpointed, accumulates=True)
+        later = _moments(kept, again, workspace, accumulates=True)
         worst = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
     steady = worst
     if layers is not None and setup.training.zero_grad == "zero":
         again = stack(setup, accumulates=True)
-        later = _moments(kept, again, workspace, checkpointed=checkpointed, after_zeroing=True)
+        later = _moments(kept, again, workspace, after_zeroing=True)
         steady = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
     peak = max(steady.values(), key=lambda moment: moment.total_bytes)
     return MemoryReport(
@@ -92,7 +91,6 @@ def _moments(
     layers: Stack | None,
     workspace: int,
     *,
-    checkpointed: bool,
     accumulates: bool = False,
     after_zeroing: bool = False,
 ) -> dict[str, Alive]:
@@ -119,7 +117,7 @@ def _moments(
     before = gradients if accumulates or after_zeroing else 0
     return {
         "forward": _forward(layers, before, workspace, layers.loss.output_bytes if accumulates else 0),
-        "backward": _backward(layers, before, workspace, checkpointed=checkpointed),
+        "backward": _backward(layers, before, workspace),
         "optimizer_step": optimizer,
     }
 
@@ -129,6 +127,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
 
     `earlier_logits`: the output of the micro batch before, held until this one's is there.
     """
+    beside = layers.embedded_bytes + (0 if layers.masks_kept else layers.masks_bytes)  # gone with the layers
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = Alive(phase="forward")
     for stretch in layers.stretches:
@@ -143,7 +142,8 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
             workspace=workspace,
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
-        waiting += left_bytes
+        waiting += left_bytes + (layers.embedded_bytes if stretch is layers.stretches[0] else 0)
+    waiting -= beside
     moment = Alive(
         phase="forward",
         gradients=gradients,
@@ -154,10 +154,10 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     return max(best, moment, key=lambda m: m.total_bytes)
 
 
-def _waiting(layers: Stack, checkpointed: bool) -> int:
+def _waiting(layers: Stack) -> int:
     """What the forward pass leaves for the backward pass, head and loss apart."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
-    masks = layers.masks_bytes if checkpointed else 0
+    masks = layers.masks_bytes if layers.masks_kept else 0
     outside = layers.inputs_bytes + layers.tables_bytes + masks + _leaf_bytes(layers)
     return outside + kept + layers.pinned_bytes
 
@@ -166,9 +166,9 @@ def _leaf_bytes(layers: Stack) -> int:
     return 0 if layers.leaf_is_input else layers.leaf_bytes
 
 
-def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bool) -> Alive:
+def _backward(layers: Stack, gradients: int, workspace: int) -> Alive:
     """At the loss, or in a layer: the last one with everything kept, the first with all gradients."""
-    waiting = _waiting(layers, checkpointed)
+    waiting = _waiting(layers)
     loss, output = layers.loss.backward, layers.loss.output_bytes
     best = Alive(
         phase="backward",
@@ -220,7 +220,7 @@ def _phases(
     waiting = output = held = 0
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes
-        waiting += _waiting(layers, setup.training.activation_checkpointing)
+        waiting += _waiting(layers)
         output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
         held = layers.loss.output_bytes + layers.left_bytes
     phases = [

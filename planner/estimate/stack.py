@@ -5,9 +5,11 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, replace
 
+from planner.estimate.attention import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
+from planner.estimate.masks import shares_mask
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
@@ -47,8 +49,9 @@ class Stack:
     """Stretches in the order of the forward pass, then head and loss.
 
     `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
-    attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
-    `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
+    attention masks, which the forward pass holds; `hidden_bytes` the head's input.
+    `masks_kept`: checkpoints or kernels hold the masks after it. `embedded_bytes`: what only a variable of the
+    model holds while its layers run. `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
     both to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss
     and with it the graph to the end of the step.
     """
@@ -58,7 +61,9 @@ class Stack:
     inputs_bytes: int
     tables_bytes: int
     masks_bytes: int
+    masks_kept: bool
     hidden_bytes: int
+    embedded_bytes: int
     leaf_bytes: int
     leaf_is_input: bool
     keeps_graph: bool
@@ -80,7 +85,6 @@ def has_formulas(setup: Setup) -> bool:
     return (
         shape is not None
         and shape.family in TRAITS
-        and not (shape.family == "falcon" and (shape.positions == "alibi" or not shape.parallel_residual))
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
     )
@@ -125,7 +129,10 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     if ops.prefix:
         prefix_of(ops, shape)
     rows, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
-    leaf_is_input = rows is x
+    leaf_is_input, embeddings = rows is x, x
+    # `inputs_embeds` in the model's forward: the tokens' own, or what is made of them at once
+    named = shape.embedding_scale or TRAITS[shape.family].masked_head
+    variable, kept = (x if named else rows), rows in ops.keepers()
     stretches = [_stretch(ops, None, x, accumulates=accumulates)]
     walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
     for layer_form, count in form.runs:
@@ -140,6 +147,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
             stretches.append(stretch if alike == 1 else replace(stretch, count=alike))
             left -= alike
             x = out
+    kept = stretches[1].input_bytes > 0 if variable is embeddings else kept
     ops, start = _operations(setup, shape), _input(x)
     hidden = hidden_for_head(ops, start, form, shape)
     head, memory = _operations(setup, shape), loss_memory
@@ -153,8 +161,10 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         loss=loss,
         inputs_bytes=inputs_bytes,
         tables_bytes=_tables_bytes(shape, training.seq_len, recipe_of(setup).base),
+        masks_kept=training.activation_checkpointing or _shares_mask(setup, shape, form.runs[0][0]),
         masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base, ops.prefix),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
+        embedded_bytes=0 if kept or (variable is rows and hooked) else variable.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
         keeps_graph=training.loop == "plain",
@@ -195,6 +205,9 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     """
     b, s = training.micro_batch_size, training.seq_len
     sliding = len(shape.sliding_layers)
+    alibi = TRAITS[shape.family].always_masked and shape.positions == "alibi"
+    if alibi:  # joined with the mask, for each head
+        return block_bytes(b * shape.num_attention_heads * s * s * element)
     if training.attention == "eager" or not shape.sdpa:
         kinds = (sliding > 0) + (sliding < shape.num_layers)
         return kinds * block_bytes(b * s * (s + prefix) * element)
@@ -203,6 +216,11 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     if shape.sliding_window is not None and sliding and s > shape.sliding_window:
         return block_bytes(b * s * s)
     return 0
+
+
+def _shares_mask(setup: Setup, shape: Architecture, form: LayerForm) -> bool:
+    recipe = recipe_of(setup)
+    return shares_mask(attention_plan(shape, form, setup, recipe.compute), recipe.base, recipe.compute)
 
 
 def _layer(

@@ -23,6 +23,7 @@ class Traits:
     rotary_halves: bool = False  # half a head is turned by tables as wide, both halves joined by `cat`
     rope_skips_every: int = 0  # every so-many-th layer has no rotary positions
     fused_qkv: Literal["split", "slices", "groups"] = "split"  # groups: keys and values copied out of it
+    bias_added_apart: bool = False  # a linear layer's bias is added to its product, which stays in its type
     always_masked: bool = False  # a mask is made where torch could do without
     scaled_queries: bool = False  # q is multiplied by a number before the kernel
     scaled_scores: bool = True  # eager scores are multiplied by a number after the product
@@ -41,7 +42,13 @@ class Traits:
 
 
 # A softmax in the scores' own type, which are divided in place: models/falcon/modeling_falcon.py.
-_FALCON = Traits(fused_qkv="groups", always_masked=True, softmax_in_own_type=True, scaled_scores=False)
+_FALCON = Traits(
+    fused_qkv="groups",
+    bias_added_apart=True,
+    always_masked=True,
+    softmax_in_own_type=True,
+    scaled_scores=False,
+)
 _BERT = Traits(
     softmax_in_own_type=True,
     softmax_type_stays=True,

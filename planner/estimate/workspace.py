@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.estimate.forms import ModelForm
 from planner.estimate.recipes import recipe_of
+from planner.estimate.traits import TRAITS
 from planner.spec import Setup
 
 __all__ = ["workspace_bytes"]
@@ -22,12 +23,15 @@ def workspace_bytes(setup: Setup, form: ModelForm | None) -> int:
     capability = setup.gpu.capability if setup.gpu is not None else None
     cublas = 2 * (_CUBLAS_HOPPER_BYTES if capability == (9, 0) else _CUBLAS_BYTES)
     quantized = recipe_of(setup).quantization == "int8"  # bitsandbytes multiplies itself and adds in place
-    if form is None or not _adds_biases(form, but_quantized=quantized):
+    shape = setup.model.architecture
+    apart = shape is not None and form is not None and TRAITS[shape.family].bias_added_apart
+    if form is None or not _adds_biases(form, but_quantized=quantized, apart=apart):
         return cublas
     return cublas + _CUBLASLT_BYTES * (2 if setup.training.activation_checkpointing else 1)
 
 
-def _adds_biases(form: ModelForm, *, but_quantized: bool) -> bool:
+def _adds_biases(form: ModelForm, *, but_quantized: bool, apart: bool) -> bool:
+    """`apart`: the model's own layers multiply first and add then, which cublasLt has no part in."""
     linears = [form.head, *form.outer_linears]
     for layer, _ in form.runs:
         linears += [*layer.attention_inputs, layer.attention_output, *layer.mlp_inputs]
@@ -35,5 +39,6 @@ def _adds_biases(form: ModelForm, *, but_quantized: bool) -> bool:
         if layer.bottleneck:
             return True
     return any(
-        (linear.bias and not (but_quantized and linear.quantized)) or linear.bottleneck for linear in linears
+        (linear.bias and not apart and not (but_quantized and linear.quantized)) or linear.bottleneck
+        for linear in linears
     )

@@ -85,6 +85,7 @@ ROBERTA = "FacebookAI/roberta-large"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
+FALCON_RW = "tiiuae/falcon-rw-1b"
 GPT_OSS = "openai/gpt-oss-20b"
 FALCON, FALCON_GROUPED = "tiiuae/falcon-7b", "tiiuae/falcon-40b"
 OTHER_OPTIMIZERS = (
@@ -247,6 +248,19 @@ CASES: list[Case] = [
     ],
     (FALCON, LORA, {"micro_batch_size": 1, "seq_len": 1024, "attention": "eager"}),
     (FALCON, ALL_LINEAR, {"micro_batch_size": 2, "seq_len": 512, "precision": "bf16-mixed"}),
+    # Falcon with ALiBi: one mask for all layers, or a copy for each that is cast or padded
+    *[
+        (FALCON_RW, method, {"micro_batch_size": 4, "seq_len": 512, "optimizer": "sgd"})
+        for method in (FULL, LORA, HOULSBY)
+    ],
+    (FALCON_RW, ALL_LINEAR, {"micro_batch_size": 4, "seq_len": 1024, "activation_checkpointing": True}),
+    (FALCON_RW, FULL, {"micro_batch_size": 4, "seq_len": 512, "precision": "bf16-mixed", "optimizer": "sgd"}),
+    (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 501, "loop": "trainer"}),
+    *[
+        (FALCON_RW, method, {"micro_batch_size": 4, "seq_len": 512, "precision": precision, "attention": "eager"})
+        for method, precision in ((LORA, "bf16"), (FULL, "fp32"), (LORA, "fp16-mixed"))
+    ],
+    (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 512, "gpu": "t4"}),
     (FALCON, IA3, {"micro_batch_size": 2, "seq_len": 512}),
     # QLoRA: 4 and 8 bits, alone and under autocast, with what each family and checkpointing do to them
     *[

@@ -1,7 +1,7 @@
-"""Attention with learned sinks: one more score in each row, which takes a share and is dropped.
+"""Eager attention of models with more than scores and a mask: learned sinks, ALiBi.
 
 Letters: `b` micro batch, `a` heads, `s` sequence. Source: transformers 5.23, models/gpt_oss/modeling_gpt_oss.py,
-`eager_attention_forward`: no fused kernel of torch takes sinks.
+`eager_attention_forward`, and models/falcon/modeling_falcon.py, `FalconAttention.forward`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from planner.estimate.tape import Tensor
 if TYPE_CHECKING:
     from planner.estimate.attention import AttentionPlan
 
-__all__ = ["attention_with_sinks"]
+__all__ = ["attention_with_alibi", "attention_with_sinks"]
 
 _INDEX_BYTES = 8  # int64
 
@@ -46,3 +46,33 @@ def attention_with_sinks(
     out = ops.op((weights, v), q.numel, q.element, (weights, v))
     ops.hold(shifted)
     return out
+
+
+def attention_with_alibi(
+    ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Falcon's scores [b, a, s, s], converted to fp32, with ALiBi and the mask added; softmax in x's type (kept).
+
+    The product, its fp32 copy and the scaled sum (scaled in place) are variables of the layer's attention and
+    come back beside its output; the masked sum is one of softmax's own.
+    """
+    n = plan.b * plan.a * plan.s * plan.keys
+    element = q.element
+    if plan.b > 1:  # matmul folds b and a, which lie apart in the fused product
+        q, k = (ops.op((t,), t.numel, t.element, aliases=True) for t in (q, k))
+    product = ops.op((q, k), n, element, (q, k))
+    scores = ops.cast(product, 4)
+    biased = ops.op((scores,), n, 4, aliases=True)
+    scaled = ops.view(biased, n)  # in place; its gradient is a new tensor
+    masked = ops.op((scaled,), n, 4, aliases=True)
+    single = 4 if ops.recipe.autocast else element
+    converted = ops.cast(masked, single)
+    shares = ops.op((converted,), n, single, keeps_output=True, scratch_bytes=block_bytes(n * single))
+    ops.hold(masked)
+    dropped = ops.dropout(shares, plan.dropout)
+    ops.handed_out.append(dropped)
+    weights = ops.cast(dropped, element)
+    if plan.b > 1:
+        v = ops.op((v,), v.numel, v.element, aliases=True)
+    out = ops.op((weights, v), q.numel, element, (weights, v))
+    return out, (product, scores, biased)
