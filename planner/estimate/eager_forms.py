@@ -1,7 +1,7 @@
 """Eager attention of models with more than scores and a mask: learned sinks, ALiBi.
 
-Letters: `b` micro batch, `a` heads, `s` sequence. Source: transformers 5.23, models/gpt_oss/modeling_gpt_oss.py,
-`eager_attention_forward`, and models/falcon/modeling_falcon.py, `FalconAttention.forward`.
+Letters: `b` micro batch, `a` heads, `s` sequence. Source: transformers 5.23, `eager_attention_forward` of
+models/gpt_oss/modeling_gpt_oss.py and `FalconAttention.forward` of models/falcon/modeling_falcon.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention_with_sinks(
 def attention_with_alibi(
     ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Falcon's scores [b, a, s, s], converted to fp32, with ALiBi and the mask added; softmax in x's type (kept).
+    """Falcon's scores [b, a, s, s] in fp32, with ALiBi and the mask added; their softmax in x's type (kept).
 
     The product, its fp32 copy and the scaled sum (scaled in place) are variables of the layer's attention and
     come back beside its output; the masked sum is one of softmax's own.

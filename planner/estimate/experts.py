@@ -139,8 +139,8 @@ def _with_bias(ops: Operations, form: LayerForm, x: Tensor, width: int) -> tuple
 def _gated(ops: Operations, both: Tensor, shape: Architecture) -> Tensor:
     """act(gate) up from both [S, 2 f]; gpt-oss: (up + 1) gate sigmoid(alpha gate), both clamped before.
 
-    Keeps of gpt-oss gate and up as they came, the clamped gate, its sigmoid, their product and up + 1. Backward:
-    masks of a byte say what the clamps let through.
+    Keeps of gpt-oss gate and up as they came, the clamped gate, its sigmoid, their product and up + 1.
+    Backward: masks of a byte say what the clamps let through.
     """
     count = both.numel // 2
     if not ops.traits.clamped_gate:

@@ -26,6 +26,7 @@ __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "mod
 class LinearForm:
     """A linear layer and what the method does to it. `rank` 0: no LoRA; `bottleneck` 0: no adapter.
 
+    `transposed`: the weight is [inputs, outputs], as in transformers' Conv1D.
     `scaled`: IA3 multiplies its "inputs" or "outputs".
     """
 
@@ -33,6 +34,7 @@ class LinearForm:
     inputs: int
     outputs: int
     bias: bool = False
+    transposed: bool = False
     weight_trained: bool = False
     bias_trained: bool = False
     rank: int = 0
@@ -281,6 +283,7 @@ def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearFor
         inputs=tensor.in_features,
         outputs=tensor.out_features,
         bias=tensor.module in marks.biased,
+        transposed=tensor.kind == "conv1d",
         weight_trained=marks.is_trained(marks.storage(tensor), layer),
         bias_trained=marks.is_trained(tensor.module + ".bias", layer),
         rank=change.rank,

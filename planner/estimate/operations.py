@@ -19,7 +19,7 @@ __all__ = ["Operations"]
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "tokens", "traits")
+    __slots__ = ("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "stray_bytes", "tokens", "traits")
 
     def __init__(
         self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits, *, prefix: int = 0
@@ -27,6 +27,7 @@ class Operations(Tape):
         """`traits` are the family's; `prefix` is the number of trained keys before a sample's."""
         super().__init__()
         self.copied_bytes = 0  # held to the end of the forward pass: what autocast or a cache keeps
+        self.stray_bytes = 0  # gradients that no parameter of the model holds, but the graph
         self.handed_out: list[Tensor] = []  # answers of attention that a layer's variable holds to its end
         self.prefix = prefix
         self.tokens = tokens

@@ -31,7 +31,8 @@ class Stretch:
     `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
     moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
     gradients it leaves. `copied_bytes` are copies of weights that autocast holds through the forward pass
-    though a checkpoint drops them. `pinned_bytes` stay to the end of the step.
+    though a checkpoint drops them. `pinned_bytes` stay to the end of the step, `stray_bytes` of the gradients as
+    long as the graph.
     """
 
     count: int
@@ -42,18 +43,19 @@ class Stretch:
     weight_bytes: int
     copied_bytes: int = 0
     pinned_bytes: int = 0
+    stray_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
     """Stretches in the order of the forward pass, then head and loss.
 
-    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
-    attention masks, which the forward pass holds; `hidden_bytes` the head's input.
-    `masks_kept`: checkpoints or kernels hold the masks after it. `embedded_bytes`: what only a variable of the
-    model holds while its layers run. `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
-    both to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss
-    and with it the graph to the end of the step.
+    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions; `masks_bytes`
+    attention masks, which the forward pass holds, and past it checkpoints or kernels where `masks_kept`;
+    `hidden_bytes` the head's input. `embedded_bytes`: embeddings that only a variable of the model holds,
+    while its layers run. `leaf_bytes`: the token embeddings' output where checkpointing asks for its
+    gradient. The graph holds both to its end; `leaf_is_input`: the first layer keeps it anyway.
+    `keeps_graph`: the loop holds the loss and with it the graph to the end of the step.
     """
 
     stretches: tuple[Stretch, ...]
@@ -74,9 +76,15 @@ class Stack:
         return sum([stretch.pinned_bytes * stretch.count for stretch in self.stretches])
 
     @property
+    def stray_bytes(self) -> int:
+        """Gradients that go with the graph alone."""
+        return sum([stretch.stray_bytes * stretch.count for stretch in self.stretches])
+
+    @property
     def left_bytes(self) -> int:
         """What the loop still holds in the optimizer step, logits apart."""
-        return self.inputs_bytes + (2 * self.leaf_bytes + self.pinned_bytes if self.keeps_graph else 0)
+        graph = 2 * self.leaf_bytes + self.pinned_bytes + self.stray_bytes
+        return self.inputs_bytes + (graph if self.keeps_graph else 0)
 
 
 def has_formulas(setup: Setup) -> bool:
@@ -291,6 +299,7 @@ def _stretch(
         weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
         copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
         pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
+        stray_bytes=ops.stray_bytes,
     )
 
 
