@@ -323,8 +323,7 @@ def _eager(
     if not late:
         ops.hold(scores)
     dropped = ops.dropout(weights, shape.attention_dropout)
-    if late:  # else autograd keeps the very tensor
-        ops.handed_out.append(dropped)
+    ops.handed_out.append(dropped)
     dropped = ops.cast(dropped, element)
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
