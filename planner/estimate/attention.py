@@ -12,7 +12,9 @@ from functools import partial
 from typing import Literal
 
 from planner.batching import has_masks, row_shape, takes_lengths
+from planner.estimate.eager_forms import attention_with_alibi, attention_with_sinks
 from planner.estimate.forms import LayerForm
+from planner.estimate.masks import mask_of_layer
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
@@ -34,7 +36,8 @@ _DEFAULT_CAPABILITY = (8, 0)
 class AttentionPlan:
     """`kernel` that runs; `masked`: a mask [b, 1, s, keys] is passed; `repeated`: k and v for all heads.
 
-    `keys` are the sequence's own and those of a prefix, `samples` how many are packed into the row.
+    `biased`: the mask is the model's own sum with ALiBi, [b, a, s, keys] in the embeddings' type. `keys` are
+    the sequence's own and those of a prefix, `samples` how many are packed into the row.
     """
 
     kernel: Kernel
@@ -47,6 +50,7 @@ class AttentionPlan:
     samples: int = 1
     masked: bool = False
     repeated: bool = False
+    biased: bool = False
     dropout: float = 0.0
 
 
@@ -68,7 +72,7 @@ def attention_plan(
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     # Falcon: a single key head meets all heads in the products, which copy it where there are several
     # samples; several are copied to all heads before.
-    broadcast = traits.fused_qkv == "groups"
+    broadcast = traits.fused_qkv == "groups" and groups < heads
     single = broadcast and groups == 1
     if broadcast and (groups > 1 or training.micro_batch_size == 1):
         groups = heads
@@ -81,6 +85,7 @@ def attention_plan(
         k=groups,
         d=shape.head_dim,
         keys=length + prefix,
+        biased=traits.always_masked and shape.positions == "alibi",
         dropout=shape.attention_dropout,
     )
     if training.attention == "eager" or not shape.sdpa:
@@ -124,6 +129,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         q, k = (ops.rotary(t, share, cats=ops.traits.rotary_cats) for t in plain)
         ops.hold(*plain)
     wide = q.element > ops.recipe.compute  # rotated under autocast: the scores follow q's type
+    variables = x, q, k, v
     if ops.recipe.autocast:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     if ops.prefix:
@@ -137,16 +143,21 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
             k, v = (ops.view(t, t.numel * groups) for t in (k, v))
         else:
             k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
-    if plan.kernel == "eager":
+    held: tuple[Tensor, ...] = ()
+    if form.sinks:
+        gradient = block_bytes(form.sinks * ops.recipe.base) if form.sinks_trained else 0
+        out = attention_with_sinks(ops, q, k, v, plan, sinks_bytes=gradient)
+    elif plan.kernel == "eager" and plan.biased:
+        out, held = attention_with_alibi(ops, q, k, v, plan)
+    elif plan.kernel == "eager":
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
     if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "varlen", "cudnn"):
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     answer = ops.linear(out, form.attention_output)
-    ops.hold(x, q, k, v)
+    ops.hold(*variables, *held)
     return answer
-
 
 
 def _queries_keys_values(
@@ -157,11 +168,11 @@ def _queries_keys_values(
         q, k, v = (ops.linear(x, linear) for linear in form.attention_inputs)
         return (ops.scaled(q) if ops.traits.scaled_queries else q), k, v
     fused = ops.linear(x, form.attention_inputs[0])
-    if ops.traits.fused_qkv == "groups":
+    if ops.traits.fused_qkv == "groups" and shape.num_key_value_heads < shape.num_attention_heads:
         return _broadcast_groups(ops, fused, shape)
     queries = ops.tokens * shape.num_attention_heads * shape.head_dim
     keys = ops.tokens * shape.num_key_value_heads * shape.head_dim
-    if ops.traits.fused_qkv == "slices":
+    if ops.traits.fused_qkv != "split":
         q, k, v = (ops.view(fused, numel) for numel in (queries, keys, keys))
         return q, k, v
     q, k, v = ops.split(fused, (queries, keys, keys))
@@ -233,7 +244,7 @@ def _cudnn(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     """
     kept: tuple[Tensor, ...] = (q, k, v, Tensor(plan.b * plan.a * plan.s, 4, False))
     if plan.masked:
-        kept = (*kept, Tensor(plan.b * plan.s * plan.keys, q.element, False))
+        kept = (*kept, *mask_of_layer(ops, plan, q.element))
     scratch = block_bytes(4 * plan.b * plan.a * plan.s * (1 + plan.d))
     return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
@@ -253,7 +264,7 @@ def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: Attention
     log_sum = Tensor(b * a * (-(-s // 32) * 32), 4, False)
     kept: tuple[Tensor, ...] = (q, k, v, log_sum)
     if plan.masked:
-        kept = (*kept, Tensor(b * s * (-(-plan.keys // 16) * 16), q.element, False))
+        kept = (*kept, *mask_of_layer(ops, plan, q.element))
     return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
 
@@ -323,8 +334,7 @@ def _eager(
     if not late:
         ops.hold(scores)
     dropped = ops.dropout(weights, shape.attention_dropout)
-    if late:  # else autograd keeps the very tensor
-        ops.handed_out.append(dropped)
+    ops.handed_out.append(dropped)
     dropped = ops.cast(dropped, element)
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 

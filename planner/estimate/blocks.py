@@ -119,10 +119,16 @@ def layer(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setu
 def _pre_norm(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, setup: Setup) -> Tensor:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
     before, after = form.norms
-    inner = attention(ops, ops.norm(x, before, shape.norm), shape, form, setup)
-    x = ops.add(x, _branch(ops, inner, shape.hidden_dropout))
+    normed = ops.norm(x, before, shape.norm)
+    inner = attention(ops, normed, shape, form, setup)
+    falcon = ops.traits.fused_qkv == "groups"  # names what parallel blocks need: it is there to the end
+    held = (normed, inner) if falcon else ()
+    dropout = shape.attention_dropout if falcon else shape.hidden_dropout
+    x = ops.add(x, _branch(ops, inner, dropout))
     inner = mlp(ops, ops.norm(x, after, shape.norm), shape, form)
-    return ops.add(x, _branch(ops, inner, shape.hidden_dropout))
+    out = ops.add(x, _branch(ops, inner, shape.hidden_dropout))
+    ops.hold(*held)
+    return out
 
 
 def _branch(ops: Operations, x: Tensor, dropout: float) -> Tensor:

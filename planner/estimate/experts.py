@@ -40,15 +40,23 @@ def experts(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) ->
     chosen = ops.op((x,), pairs * h, x.element, (Tensor(pairs, _INDEX_BYTES, False),))
     added = form.experts_added
     merged = [_merged(ops, gate_up, added[0])]
-    both = _grouped(ops, chosen, gate_up, base, trained=trained, merged=merged[0])
-    gate, up = ops.split(both, (both.numel // 2, both.numel // 2))
-    inner = ops.product(ops.activation(gate, shape.activation), up)
+    wide = 2 * shape.expert_intermediate_size
+    both, first_bias = _with_bias(
+        ops,
+        form,
+        _grouped(ops, chosen, gate_up, base, outputs=wide, trained=trained, merged=merged[0]),
+        wide,
+    )
+    inner = _gated(ops, both, shape)
     merged.append(_merged(ops, down, added[1]))
-    answers = _grouped(ops, inner, down, base, trained=trained, merged=merged[1])
+    answers, bias = _with_bias(
+        ops, form, _grouped(ops, inner, down, base, outputs=h, trained=trained, merged=merged[1]), h
+    )
+    ops.hold(first_bias)
     weighted = _weighted(ops, answers, sorted_scores)
     restored = ops.op((weighted,), pairs * h, weighted.element, (Tensor(pairs, _INDEX_BYTES, False),))
     total = ops.cast(ops.op((restored,), x.numel, restored.element), x.element)
-    ops.hold(x, chosen, both, weighted, *[weight for weight in merged if weight])
+    ops.hold(x, chosen, both, weighted, bias, *[weight for weight in merged if weight])
     return ops.bottleneck(total, h, form.bottleneck) if form.bottleneck else total
 
 
@@ -93,13 +101,13 @@ def _grouped(
     weight: tuple[int, ...],
     element: int,
     *,
+    outputs: int,
     trained: bool,
     merged: Tensor | None,
 ) -> Tensor:
     """x [S, in] by the weights [e, out, in] of the experts; x is kept where they are trained or `merged`."""
-    count, first, second = weight
-    outputs = first if x.numel % second == 0 and x.numel // second * second == x.numel else second
-    inputs = second if outputs == first else first
+    numbers = prod(weight)
+    inputs = numbers // weight[0] // outputs
     kept = (x,) if trained or merged else ()
     if merged and x.needs_grad:
         kept = (*kept, merged)
@@ -108,9 +116,46 @@ def _grouped(
         x.numel // inputs * outputs,
         x.element,
         kept,
-        weight_bytes=block_bytes(count * first * second * element) if trained else 0,
+        weight_bytes=block_bytes(numbers * element) if trained else 0,
         reads_weight=x.needs_grad,
     )
+
+
+def _with_bias(ops: Operations, form: LayerForm, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """x [S, width] with each expert's bias added in place, and the biases [S, width] that were taken for it.
+
+    Backward where they are trained: their gradients are added at sorted places (Indexing.cu).
+    """
+    if not form.experts_biased:
+        return x, x
+    bias = ops.recipe.base
+    numbers = x.numel // width
+    gradient = block_bytes(form.experts[0][0] * width * bias) if form.experts_trained else 0
+    places = 4 * block_bytes(_INDEX_BYTES * numbers) if gradient else 0
+    biases = ops.op((), x.numel, bias, weight_bytes=gradient, scratch_bytes=places)
+    return ops.added_in_place(x, biases), biases
+
+
+def _gated(ops: Operations, both: Tensor, shape: Architecture) -> Tensor:
+    """act(gate) up from both [S, 2 f]; gpt-oss: (up + 1) gate sigmoid(alpha gate), both clamped before.
+
+    Keeps of gpt-oss gate and up as they came, the clamped gate, its sigmoid, their product and up + 1.
+    Backward: masks of a byte say what the clamps let through.
+    """
+    count = both.numel // 2
+    if not ops.traits.clamped_gate:
+        gate, up = ops.split(both, (count, count))
+        return ops.product(ops.activation(gate, shape.activation), up)
+    columns = [ops.view(both, count) for _ in range(2)]
+    gate, up = (
+        ops.op((side,), count, side.element, (side,), scratch_bytes=masks * block_bytes(count))
+        for masks, side in enumerate(columns, 1)
+    )
+    share = ops.op((ops.scaled(gate),), count, gate.element, keeps_output=True)
+    turned = ops.product(gate, share)
+    inner = ops.product(ops.op((up,), count, up.element, aliases=True), turned)
+    ops.hold(up)
+    return inner
 
 
 def _weighted(ops: Operations, answers: Tensor, scores: Tensor) -> Tensor:
@@ -122,18 +167,18 @@ def _weighted(ops: Operations, answers: Tensor, scores: Tensor) -> Tensor:
 
 
 def _router(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Tensor:
-    """Scores of the p best experts of each token [T, p], from a softmax over all e in fp32 (kept)."""
+    """Scores of the p best experts of each token [T, p], from a softmax over all e in fp32 (kept).
+
+    gpt-oss takes the softmax of the p best alone, in their own type.
+    """
     h, e, p = shape.hidden_size, shape.num_experts, shape.experts_per_token
     tokens = x.numel // h
-    weight = block_bytes(e * h * ops.recipe.base) if form.router_trained else 0
-    logits = ops.op(
-        (x,),
-        tokens * e,
-        x.element,
-        (x,) if weight else (),
-        weight_bytes=weight,
-        reads_weight=x.needs_grad,
-    )
+    assert form.router is not None  # experts have one
+    logits = ops.linear(x, form.router)
+    if ops.traits.shares_of_chosen:
+        places = Tensor(tokens * p, _INDEX_BYTES, False)
+        best = ops.op((logits,), tokens * p, logits.element, (places,))
+        return ops.op((best,), best.numel, best.element, keeps_output=True, scratch_bytes=best.size_bytes)
     shares = ops.op((ops.cast(logits, 4),), tokens * e, 4, keeps_output=True)
     best = ops.op((shares,), tokens * p, 4, (Tensor(tokens * p, _INDEX_BYTES, False),))
     normalized = ops.op((best,), tokens * p, 4, keeps_output=True)

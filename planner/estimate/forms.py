@@ -26,6 +26,7 @@ __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "mod
 class LinearForm:
     """A linear layer and what the method does to it. `rank` 0: no LoRA; `bottleneck` 0: no adapter.
 
+    `transposed`: the weight is [inputs, outputs], as in transformers' Conv1D.
     `scaled`: IA3 multiplies its "inputs" or "outputs".
     """
 
@@ -33,6 +34,7 @@ class LinearForm:
     inputs: int
     outputs: int
     bias: bool = False
+    transposed: bool = False
     weight_trained: bool = False
     bias_trained: bool = False
     rank: int = 0
@@ -68,7 +70,8 @@ class LayerForm:
     """One layer. `attention_inputs` are q, k, v or one fused layer, `mlp_inputs` gate and up, or one.
 
     `norms` are the layer's own, `head_norms` those of queries and keys. `experts` are the shapes of
-    fused expert weights; `bottleneck` is an adapter behind the whole MLP block.
+    fused expert weights, `experts_biased` where they have biases; `bottleneck` is an adapter behind the
+    whole MLP block. `sinks`: heads with a learned sink.
     """
 
     attention_inputs: tuple[LinearForm, ...]
@@ -78,12 +81,15 @@ class LayerForm:
     norms: tuple[NormForm, ...]
     head_norms: tuple[NormForm, ...]
     experts: tuple[tuple[int, ...], ...] = ()
-    router_trained: bool = False
+    router: LinearForm | None = None
+    experts_biased: bool = False
     experts_trained: bool = False
     experts_added: tuple[tuple[int, int], ...] = ()
     bottleneck: int = 0
     sliding: bool = False
     rotary: bool = True
+    sinks: int = 0
+    sinks_trained: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +235,7 @@ def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, ma
     down = _ending(mlp, shape.mlp_output) or (mlp[-1] if mlp else None)
     experts = [t for t in present if t.role == "experts"]
     norms = [t for t in present if t.kind == "norm"]
+    sinks = [t for t in present if t.leaf == "sinks"]
     of_heads = [t for t in norms if t.module.rpartition(".")[2] in _HEAD_NORMS]
     traits = TRAITS.get(shape.family)
     skips = traits.rope_skips_every if traits else 0
@@ -244,16 +251,15 @@ def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, ma
         norms=_norms([t for t in norms if t not in of_heads], layer, marks) or 2 * (plain,),
         head_norms=_norms(of_heads, layer, marks),
         experts=tuple(t.shape for t in experts if len(t.shape) == 3),
-        router_trained=any(
-            marks.is_trained(t.name, layer) or marks.added_to(t.name, layer)[0]
-            for t in present
-            if t.role == "router"
-        ),
+        router=_router([t for t in present if t.role == "router"], layer, marks),
+        experts_biased=any(len(t.shape) == 2 for t in experts),
         experts_trained=any(marks.is_trained(t.name, layer) for t in experts),
         experts_added=tuple(marks.added_to(t.name, layer) for t in experts if len(t.shape) == 3),
         bottleneck=sum(marks.bottleneck_behind(module) for module in block),
         sliding=layer in shape.sliding_layers,
         rotary=not skips or (layer + 1) % skips != 0,
+        sinks=sum(t.numel for t in sinks),
+        sinks_trained=any(marks.is_trained(t.name, layer) for t in sinks),
     )
 
 
@@ -277,6 +283,7 @@ def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearFor
         inputs=tensor.in_features,
         outputs=tensor.out_features,
         bias=tensor.module in marks.biased,
+        transposed=tensor.kind == "conv1d",
         weight_trained=marks.is_trained(marks.storage(tensor), layer),
         bias_trained=marks.is_trained(tensor.module + ".bias", layer),
         rank=change.rank,
@@ -285,6 +292,21 @@ def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearFor
         scaled=change.scaled,
         bottleneck=marks.bottleneck_behind(tensor.module),
         quantized=marks.is_quantized(tensor.name, layer),
+    )
+
+
+def _router(tensors: list[WeightTensor], layer: int, marks: _Marks) -> LinearForm | None:
+    """The scores of the experts: parameters of a module of its own, no linear layer that a method finds."""
+    weight = next((t for t in tensors if t.leaf == "weight"), None)
+    if weight is None:
+        return None
+    return LinearForm(
+        name=weight.module.rpartition(".")[2],
+        inputs=weight.in_features,
+        outputs=weight.out_features,
+        bias=weight.module in marks.biased,
+        weight_trained=marks.is_trained(weight.name, layer) or marks.added_to(weight.name, layer)[0] > 0,
+        bias_trained=marks.is_trained(weight.module + ".bias", layer),
     )
 
 

@@ -39,6 +39,7 @@ def fused_loss_memory(ops: Operations, hidden: Tensor, form: ModelForm, setup: S
         forward_peak_bytes=of_rows + beside + chunk_bytes,
         kept_bytes=of_rows,
         backward=Moment(0, 0, of_weight),
+        multiplied=Moment(0, 0, 0),  # the backward pass has no product before the layers'
         weight_bytes=of_weight,
         waiting_bytes=of_weight if form.head_table_trained else 0,
         input_kept=False,

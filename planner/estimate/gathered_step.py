@@ -82,7 +82,7 @@ def forward_moments(plan: Plan, layers: Stack, gradients: int, earlier_logits: i
     kept = 0 if plan.tied else plan.embedding.gathered
     yield alive(waiting + first.forward_peak_bytes, held + kept + before.buffer)
     kept = 0 if plan.reshards else kept
-    waiting += first.kept_bytes + first.copied_bytes + first.pinned_bytes
+    waiting += first.kept_bytes + first.copied_bytes + first.pinned_bytes + layers.embedded_bytes
     for index, (stretch, unit) in enumerate(zip(_expanded(layers), plan.layers, strict=True)):
         ahead = max(0, plan.following(index - 1) - unit.buffer)
         arriving = before.buffer + unit.arriving_bytes + ahead
@@ -98,7 +98,8 @@ def forward_moments(plan: Plan, layers: Stack, gradients: int, earlier_logits: i
         yield alive(waiting + plan.hidden_bytes, held + kept + before.buffer + plan.tail.arriving_bytes)
         gathered = held + kept + plan.tail.gathered + plan.tail.buffer
     yield alive(waiting + last.input_bytes + last.forward_peak_bytes, gathered)
-    waiting += last.kept_bytes + last.copied_bytes + last.pinned_bytes
+    waiting += last.kept_bytes + last.copied_bytes + last.pinned_bytes - layers.embedded_bytes
+    waiting -= 0 if layers.masks_kept else layers.masks_bytes
     yield alive(waiting + layers.hidden_bytes, gathered, layers.loss.forward_peak_bytes)
 
 
@@ -110,7 +111,7 @@ def backward_moments(plan: Plan, layers: Stack, accumulated: int) -> Iterator[Al
     stretches = _expanded(layers)
     loss, last = layers.loss, layers.stretches[-1]
     waiting = layers.inputs_bytes + layers.tables_bytes + (0 if layers.leaf_is_input else layers.leaf_bytes)
-    waiting += layers.masks_bytes if plan.checkpointed else 0
+    waiting += layers.masks_bytes if layers.masks_kept else 0
     waiting += sum([s.kept_bytes * s.count for s in layers.stretches]) + layers.pinned_bytes
     held = plan.root.gathered + plan.tail.gathered
     held += 0 if plan.reshards else plan.embedding.gathered + sum([unit.gathered for unit in plan.layers])
@@ -218,7 +219,7 @@ def step_moments(setup: Setup, forward: Plan, backward: Plan, layers: Stack) -> 
 def forward_end(plan: Plan, layers: Stack) -> int:
     """Bytes beside shards, states and workspaces when the forward pass is over."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
-    masks = layers.masks_bytes if plan.checkpointed else 0
+    masks = layers.masks_bytes if layers.masks_kept else 0
     leaf = 0 if layers.leaf_is_input else layers.leaf_bytes
     waiting = layers.inputs_bytes + layers.tables_bytes + kept + layers.pinned_bytes + masks + leaf
     gathered = plan.root.gathered + plan.tail.gathered

@@ -23,9 +23,10 @@ class LossMemory:
 
     `input_kept`: the head keeps its input [T, h] for its weight's gradient. `weight_bytes` are the
     gradients it leaves, `waiting_bytes` of them in the engine until a tied embedding's come; `backward`
-    is its worst moment; `output_bytes` are the logits in the model's output, which the plain loop holds to
-    the end of the step and HF Trainer's gives up with the forward pass. `early_bytes`: gradients of the
-    weight that the forward pass makes, beside its peak and what it keeps.
+    is its worst moment, `multiplied` that since its first product; `output_bytes` are the logits in the
+    model's output, which the plain loop holds to the end of the step and HF Trainer's gives up with the
+    forward pass. `early_bytes`: gradients of the weight that the forward pass makes, beside its peak and what
+    it keeps.
     """
 
     forward_peak_bytes: int
@@ -34,6 +35,7 @@ class LossMemory:
     weight_bytes: int
     input_kept: bool
     output_bytes: int
+    multiplied: Moment
     waiting_bytes: int = 0
     early_bytes: int = 0
 
@@ -80,12 +82,14 @@ def loss_memory(
     held = logits.size_bytes if single is not logits else 0
     output = block_bytes(4 * logits.numel) if ops.recipe.autocast else logits.size_bytes
     weights = sum([node.weight_bytes for node in ops.nodes])
+    moment, _ = ops.backward_moment(
+        keepers, hidden, logarithms, accumulates=accumulates, head_bytes=_product_bytes(ops, form)
+    )
     return LossMemory(
         forward_peak_bytes=kept + held + single.size_bytes,
         kept_bytes=kept,
-        backward=ops.backward_moment(
-            keepers, hidden, logarithms, accumulates=accumulates, head_bytes=_product_bytes(ops, form)
-        )[0],
+        backward=moment,
+        multiplied=ops.multiplied or moment,
         weight_bytes=weights,
         waiting_bytes=weights if form.head_table_trained else 0,
         input_kept=hidden in keepers,
@@ -129,6 +133,7 @@ def chunked_loss_memory(
         forward_peak_bytes=ops.forward_peak_bytes(dict.fromkeys(copies, 1)),
         kept_bytes=0,
         backward=moment,
+        multiplied=moment,  # the first chunk's head is made again
         weight_bytes=chunk.weight_bytes,
         waiting_bytes=chunk.waiting_bytes,
         input_kept=True,

@@ -19,7 +19,9 @@ __all__ = ["Operations"]
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "tokens", "traits")
+    __slots__ = (
+        *("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "stray_bytes", "tokens", "traits"),
+    )
 
     def __init__(
         self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits, *, prefix: int = 0
@@ -27,6 +29,7 @@ class Operations(Tape):
         """`traits` are the family's; `prefix` is the number of trained keys before a sample's."""
         super().__init__()
         self.copied_bytes = 0  # held to the end of the forward pass: what autocast or a cache keeps
+        self.stray_bytes = 0  # gradients that no parameter of the model holds, but the graph
         self.handed_out: list[Tensor] = []  # answers of attention that a layer's variable holds to its end
         self.prefix = prefix
         self.tokens = tokens
@@ -67,6 +70,7 @@ class Operations(Tape):
         if form.scaled == "inputs":  # IA3 on a feed-forward layer: ia3/layer.py, `Linear.forward`
             x = scaled_by_vector(self, self.cast(x, self.recipe.adapter), x.element)
         out = quantized_product(self, x, form) if form.quantized else self._product_with_weight(x, form)
+        self.hold(x)  # the module's argument, also where autocast has multiplied a copy
         if form.rank:
             out = dora(self, x, out, form) if form.dora else self._lora(x, out, form)
         if form.scaled == "outputs":
@@ -79,7 +83,10 @@ class Operations(Tape):
         base = self.recipe.base
         gradients = block_bytes(form.inputs * form.outputs * base) if form.weight_trained else 0
         biases = block_bytes(form.outputs * base) if form.bias_trained else 0
-        return self._product(x, form.inputs, form.outputs, gradients, biases)
+        if not (form.bias and self.traits.bias_added_apart):
+            return self._product(x, form.inputs, form.outputs, gradients, biases)
+        out = self._product(x, form.inputs, form.outputs, gradients, 0)
+        return self.op((out,), out.numel, max(out.element, base), aliases=True, weight_bytes=biases)
 
     def _product(self, x: Tensor, inputs: int, outputs: int, gradients: int, biases: int) -> Tensor:
         """x W. `gradients` and `biases`: bytes of the gradients of W and b where they are trained."""
@@ -236,6 +243,9 @@ class Operations(Tape):
         the half-turned gradient and one spread slice live beside x's gradient.
         """
         element = 4 if self.recipe.autocast else x.element  # cos and sin have the residual stream's type
+        if self.traits.rotary_halves:
+            half = block_bytes(x.numel * element)
+            return self.op((x,), x.numel, element, scratch_bytes=half, work_bytes=half)
         turned = int(x.numel * share)
         scratch = 2 * block_bytes(turned * element)
         if not cats:

@@ -14,7 +14,7 @@ from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
 from planner.estimate.stack import Stack, has_formulas, stack
-from planner.estimate.workspace import workspace_bytes
+from planner.estimate.workspace import Workspaces, workspaces
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, Parts, Phase
 from planner.spec import PeftConfig, Setup
@@ -42,18 +42,18 @@ def estimate(setup: Setup) -> MemoryReport:
         kept = replace(kept, step_temporaries_bytes=step_bytes)
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
-    workspace = _workspace(setup, known=known)
-    checkpointed = setup.training.activation_checkpointing
-    worst = _moments(kept, layers, workspace, checkpointed=checkpointed)
+    workspace = _workspaces(setup, known=known)
+    first = _moments(kept, layers, workspace, begins=True)
+    worst = _moments(kept, layers, workspace)
     if layers is not None and setup.training.gradient_accumulation_steps > 1:
         again = stack(setup, accumulates=True)
-        later = _moments(kept, again, workspace, checkpointed=checkpointed, accumulates=True)
-        worst = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
+        later = _moments(kept, again, workspace, accumulates=True)
+        first, worst = _worse(first, later), _worse(worst, later)
     steady = worst
     if layers is not None and setup.training.zero_grad == "zero":
         again = stack(setup, accumulates=True)
-        later = _moments(kept, again, workspace, checkpointed=checkpointed, after_zeroing=True)
-        steady = {phase: max(worst[phase], later[phase], key=lambda m: m.total_bytes) for phase in worst}
+        later = _moments(kept, again, workspace, after_zeroing=True)
+        steady = _worse(worst, later)
     peak = max(steady.values(), key=lambda moment: moment.total_bytes)
     return MemoryReport(
         source="estimate",
@@ -69,7 +69,7 @@ def estimate(setup: Setup) -> MemoryReport:
             temporaries=peak.temporaries,
             workspace=peak.workspace,
         ),
-        phases=_phases(setup, kept, layers, (worst, steady), workspace),
+        phases=_phases(setup, kept, layers, (first, steady), workspace),
         peak_phase=peak.phase,
         not_known=_not_known(setup),
         notes=_notes(setup, kept.paged_bytes),
@@ -81,27 +81,32 @@ def estimate(setup: Setup) -> MemoryReport:
     )
 
 
-def _workspace(setup: Setup, *, known: bool) -> int:
+def _workspaces(setup: Setup, *, known: bool) -> Workspaces:
     if setup.model.is_bare:
-        return 0
-    return workspace_bytes(setup, model_form(setup) if known else None)
+        return Workspaces()
+    return workspaces(setup, model_form(setup) if known else None)
+
+
+def _worse(moments: dict[str, Alive], others: dict[str, Alive]) -> dict[str, Alive]:
+    return {phase: max(moments[phase], others[phase], key=lambda m: m.total_bytes) for phase in moments}
 
 
 def _moments(
     kept: Resident,
     layers: Stack | None,
-    workspace: int,
+    taken: Workspaces,
     *,
-    checkpointed: bool,
+    begins: bool = False,
     accumulates: bool = False,
     after_zeroing: bool = False,
 ) -> dict[str, Alive]:
     """The worst moment of each phase in a step whose states are there.
 
-    `accumulates`: after another micro batch, whose output waits; `after_zeroing`: after a step that left its
-    gradients.
+    `begins`: autograd has multiplied nothing before and has no workspace; `accumulates`: after another micro
+    batch, whose output waits; `after_zeroing`: after a step that left its gradients.
     """
-    gradients = kept.gradients_bytes
+    gradients, workspace = kept.gradients_bytes, taken.total_bytes
+    before_products = taken.forward_bytes if begins else workspace
     optimizer = Alive(
         phase="optimizer_step",
         gradients=gradients,
@@ -112,14 +117,14 @@ def _moments(
     )
     if layers is None:
         return {
-            "forward": Alive(phase="forward", workspace=workspace),
+            "forward": Alive(phase="forward", workspace=before_products),
             "backward": Alive(phase="backward", gradients=gradients, workspace=workspace),
             "optimizer_step": optimizer,
         }
     before = gradients if accumulates or after_zeroing else 0
     return {
-        "forward": _forward(layers, before, workspace, layers.loss.output_bytes if accumulates else 0),
-        "backward": _backward(layers, before, workspace, checkpointed=checkpointed),
+        "forward": _forward(layers, before, before_products, layers.loss.output_bytes if accumulates else 0),
+        "backward": _backward(layers, before, workspace, before_products),
         "optimizer_step": optimizer,
     }
 
@@ -129,14 +134,15 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
 
     `earlier_logits`: the output of the micro batch before, held until this one's is there.
     """
+    beside = layers.embedded_bytes + (0 if layers.masks_kept else layers.masks_bytes)  # gone with the layers
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
     best = Alive(phase="forward")
     for number, stretch in enumerate(layers.stretches):
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
         waiting += left_bytes * (stretch.count - 1)
         held_bytes = stretch.input_bytes + stretch.passed_bytes
-        if number > 1 or stretch.count > 1 or not layers.leaf_is_input:
-            held_bytes += layers.rows_bytes if number else 0  # the first layer's input may be the same tensor
+        if number == stretch.count == 1 and layers.embedded_is_input:
+            held_bytes -= layers.embedded_bytes  # waiting already
         activations = waiting + held_bytes + stretch.forward_peak_bytes
         moment = Alive(
             phase="forward",
@@ -146,7 +152,8 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
             workspace=workspace,
         )
         best = max(best, moment, key=lambda m: m.total_bytes)
-        waiting += left_bytes
+        waiting += left_bytes + (layers.embedded_bytes if stretch is layers.stretches[0] else 0)
+    waiting -= beside
     moment = Alive(
         phase="forward",
         gradients=gradients + layers.loss.early_bytes,
@@ -157,10 +164,10 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     return max(best, moment, key=lambda m: m.total_bytes)
 
 
-def _waiting(layers: Stack, checkpointed: bool) -> int:
+def _waiting(layers: Stack) -> int:
     """What the forward pass leaves for the backward pass, head and loss apart."""
     kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
-    masks = layers.masks_bytes if checkpointed else 0
+    masks = layers.masks_bytes if layers.masks_kept else 0
     outside = layers.inputs_bytes + layers.tables_bytes + masks + _leaf_bytes(layers)
     return outside + kept + layers.pinned_bytes
 
@@ -169,27 +176,35 @@ def _leaf_bytes(layers: Stack) -> int:
     return 0 if layers.leaf_is_input else layers.leaf_bytes
 
 
-def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bool) -> Alive:
-    """At the loss, or in a layer: the last one with everything kept, the first with all gradients."""
-    waiting = _waiting(layers, checkpointed)
-    loss, output = layers.loss.backward, layers.loss.output_bytes
-    best = Alive(
-        phase="backward",
-        gradients=gradients + loss.gradients_bytes,
-        activations=waiting,
-        logits_and_loss=output + loss.kept_bytes + loss.temporaries_bytes,
-        workspace=workspace,
-    )
+def _backward(layers: Stack, gradients: int, workspace: int, before_products: int) -> Alive:
+    """At the loss, or in a layer: the last one with everything kept, the first with all gradients.
+
+    `before_products`: what there is of the workspace before the first product.
+    """
+    waiting = _waiting(layers)
+    output = layers.loss.output_bytes
+    at_loss = [
+        Alive(
+            phase="backward",
+            gradients=gradients + loss.gradients_bytes,
+            activations=waiting,
+            logits_and_loss=output + loss.kept_bytes + loss.temporaries_bytes,
+            workspace=there,
+        )
+        for loss, there in ((layers.loss.backward, before_products), (layers.loss.multiplied, workspace))
+    ]
+    best = max(at_loss, key=lambda m: m.total_bytes)
     made = gradients + layers.loss.waiting_bytes if gradients else layers.loss.weight_bytes
     for stretch in reversed(layers.stretches):
         moment = stretch.backward
         if moment is None:
             break
+        left_bytes = stretch.stray_bytes if gradients else stretch.weight_bytes
         for index in {stretch.count - 1, 0}:
             later = stretch.count - 1 - index
             candidate = Alive(
                 phase="backward",
-                gradients=made + (0 if gradients else stretch.weight_bytes * later) + moment.gradients_bytes,
+                gradients=made + left_bytes * later + moment.gradients_bytes,
                 activations=waiting
                 - stretch.kept_bytes * (later + 1)
                 + stretch.input_bytes
@@ -200,8 +215,7 @@ def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bo
             )
             best = max(best, candidate, key=lambda m: m.total_bytes)
         waiting -= stretch.kept_bytes * stretch.count
-        if not gradients:
-            made += stretch.weight_bytes * stretch.count
+        made += left_bytes * stretch.count
     return best
 
 
@@ -210,7 +224,7 @@ def _phases(
     kept: Resident,
     layers: Stack | None,
     worst: tuple[dict[str, Alive], dict[str, Alive]],
-    workspace: int,
+    taken: Workspaces,
 ) -> tuple[Phase, ...]:
     """Load, attach and two steps: optimizer states come at the end of the first.
 
@@ -221,10 +235,12 @@ def _phases(
     attached = base + kept.adapter_weights_bytes
     states = kept.optimizer_states_bytes
     waiting = output = held = 0
+    workspace = taken.total_bytes
     if layers is not None:
         waiting = layers.loss.output_bytes + layers.loss.kept_bytes + layers.loss.early_bytes
-        waiting += _waiting(layers, setup.training.activation_checkpointing)
-        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes + layers.pinned_bytes
+        waiting += _waiting(layers)
+        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
+        output += layers.pinned_bytes + layers.stray_bytes
         held = layers.loss.output_bytes + layers.left_bytes
     phases = [
         Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
@@ -232,8 +248,10 @@ def _phases(
     ]
     for step in (1, 2):
         resident_bytes = attached + (states if step == 2 else 0)
+        begins = step == 1 and setup.training.gradient_accumulation_steps == 1
+        before_products = taken.forward_bytes if begins else workspace
         ends = {
-            "forward": resident_bytes + waiting + workspace + (left if step == 2 else 0),
+            "forward": resident_bytes + waiting + before_products + (left if step == 2 else 0),
             "backward": resident_bytes + kept.gradients_bytes + output + workspace,
             "optimizer_step": attached + states + held + workspace + left,
         }

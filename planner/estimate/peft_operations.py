@@ -23,7 +23,8 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
 
     Keeps what LoRA keeps, and [T, out] twice: W x in its type and B A x in fp32, for the gradient of m. The
     norm is made from B A of an identity [in, in] and a copy of W, in fp32 and gone at the end. With dropout
-    W x is made again from fp32 copies of the dropped x and of W, which are kept.
+    W x is made again from fp32 copies of the dropped x and of W, which are kept; without, W x loses its bias,
+    which is fp32 under autocast.
     """
     recipe = ops.recipe
     element = recipe.adapter
@@ -46,7 +47,8 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
     if form.lora_dropout:
         base = _made_again(ops, dropped, form, copied=copied)
     elif form.bias:
-        base = ops.op((result,), result.numel, result.element, aliases=True)
+        wide = max(result.element, recipe.base)
+        base = ops.op((result,), result.numel, wide, aliases=wide == result.element)
     else:
         base = result
     magnitude = block_bytes(form.outputs * element)
@@ -60,13 +62,21 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
 
 
 def _made_again(ops: Operations, x: Tensor, form: LinearForm, *, copied: bool) -> Tensor:
-    """x W in fp32, or under autocast in its type; the copy of W is kept where x needs a gradient."""
+    """x W in fp32, or under autocast in its type; the copy of W is kept where x needs a gradient.
+
+    A transposed weight that needs no copy becomes a new parameter (peft, utils/other.py, `transpose`), which
+    asks for a gradient: x is kept for it, and nothing frees it before the graph.
+    """
     outputs = x.numel // form.inputs * form.outputs
     if ops.recipe.autocast:
         x = ops.cast(x, ops.recipe.compute)
     weight = Tensor(form.inputs * form.outputs, x.element, False)
-    kept = (weight,) if copied or ops.recipe.autocast else ()
-    return ops.op((x,), outputs, x.element, kept, reads_weight=x.needs_grad)
+    kept = (weight,) if x.needs_grad and (copied or ops.recipe.autocast) else ()
+    if copied or not form.transposed:
+        return ops.op((x,), outputs, x.element, kept, reads_weight=x.needs_grad)
+    gradient = block_bytes(form.inputs * form.outputs * ops.recipe.base)
+    ops.stray_bytes += gradient
+    return ops.op((x,), outputs, x.element, (*kept, x), weight_bytes=gradient, reads_weight=True)
 
 
 def scaled_by_vector(ops: Operations, x: Tensor, element: int) -> Tensor:

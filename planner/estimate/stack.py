@@ -6,10 +6,12 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 from planner.batching import has_masks, row_shape, takes_lengths
+from planner.estimate.attention import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.fused_loss import fused_loss_memory
 from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
+from planner.estimate.masks import shares_mask
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
@@ -32,7 +34,8 @@ class Stretch:
     moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
     gradients it leaves. `passed_bytes`: its input where it is not kept, which the caller's variable holds as
     long as it runs forward. `copied_bytes` are copies of weights that autocast holds through the forward pass
-    though a checkpoint drops them. `pinned_bytes` stay to the end of the step.
+    though a checkpoint drops them. `pinned_bytes` stay to the end of the step, `stray_bytes` of the gradients
+    as long as the graph.
     """
 
     count: int
@@ -44,18 +47,20 @@ class Stretch:
     passed_bytes: int = 0
     copied_bytes: int = 0
     pinned_bytes: int = 0
+    stray_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
     """Stretches in the order of the forward pass, then head and loss.
 
-    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
-    attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
-    `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
-    both to its end; `leaf_is_input`: the first layer keeps it anyway. `rows_bytes`: that output where nothing
-    keeps it, a variable (`inputs_embeds`) until the last layer is done. `keeps_graph`: the loop holds the
-    loss and with it the graph to the end of the step.
+    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions; `masks_bytes`
+    attention masks, which the forward pass holds, and past it checkpoints or kernels where `masks_kept`;
+    `hidden_bytes` the head's input. `embedded_bytes`: embeddings that only a variable of the model holds
+    (`inputs_embeds`), while its layers run; `embedded_is_input`: they are the first layer's input.
+    `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds both
+    to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss and
+    with it the graph to the end of the step.
     """
 
     stretches: tuple[Stretch, ...]
@@ -63,10 +68,12 @@ class Stack:
     inputs_bytes: int
     tables_bytes: int
     masks_bytes: int
+    masks_kept: bool
     hidden_bytes: int
+    embedded_bytes: int
     leaf_bytes: int
     leaf_is_input: bool
-    rows_bytes: int
+    embedded_is_input: bool
     keeps_graph: bool
 
     @property
@@ -75,9 +82,15 @@ class Stack:
         return sum([stretch.pinned_bytes * stretch.count for stretch in self.stretches])
 
     @property
+    def stray_bytes(self) -> int:
+        """Gradients that go with the graph alone."""
+        return sum([stretch.stray_bytes * stretch.count for stretch in self.stretches])
+
+    @property
     def left_bytes(self) -> int:
         """What the loop still holds in the optimizer step, logits apart."""
-        return self.inputs_bytes + (2 * self.leaf_bytes + self.pinned_bytes if self.keeps_graph else 0)
+        graph = 2 * self.leaf_bytes + self.pinned_bytes + self.stray_bytes
+        return self.inputs_bytes + (graph if self.keeps_graph else 0)
 
 
 def has_formulas(setup: Setup) -> bool:
@@ -86,7 +99,6 @@ def has_formulas(setup: Setup) -> bool:
     return (
         shape is not None
         and shape.family in TRAITS
-        and not (shape.family == "falcon" and (shape.positions == "alibi" or not shape.parallel_residual))
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
     )
@@ -131,7 +143,10 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     if ops.prefix:
         prefix_of(ops, shape)
     rows, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
-    leaf_is_input = rows is x
+    leaf_is_input, embeddings = rows is x, x
+    # `inputs_embeds` in the model's forward: the tokens' own, or what is made of them at once
+    named = shape.embedding_scale or TRAITS[shape.family].masked_head
+    variable, kept = (x if named else rows), rows in ops.keepers()
     stretches = [_stretch(ops, None, x, accumulates=accumulates)]
     walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
     for layer_form, count in form.runs:
@@ -146,6 +161,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
             stretches.append(stretch if alike == 1 else replace(stretch, count=alike))
             left -= alike
             x = out
+    kept = stretches[1].input_bytes > 0 if variable is embeddings else kept
     ops, start = _operations(setup, shape), _input(x)
     hidden = hidden_for_head(ops, start, form, shape)
     head, memory = _operations(setup, shape), loss_memory
@@ -162,11 +178,13 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         loss=loss,
         inputs_bytes=inputs_bytes,
         tables_bytes=_tables_bytes(shape, row_shape(training)[1], recipe_of(setup).base),
+        masks_kept=training.activation_checkpointing or _shares_mask(setup, shape, form.runs[0][0]),
         masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base, ops.prefix),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
+        embedded_bytes=0 if kept or (variable is rows and hooked) else variable.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
-        rows_bytes=0 if hooked or (leaf_is_input and stretches[1].input_bytes) else rows.size_bytes,
+        embedded_is_input=variable is embeddings,
         keeps_graph=training.loop == "plain",
     )
 
@@ -199,7 +217,8 @@ def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:
     """cos and sin [1, s, d] in the embeddings' type, made once and kept by every layer."""
     if shape.positions != "rope":
         return 0
-    return 2 * block_bytes(seq_len * (shape.rotary_dim or shape.head_dim) * element)
+    width = shape.rotary_dim or shape.head_dim
+    return 2 * block_bytes(seq_len * (width // 2 if TRAITS[shape.family].rotary_halves else width) * element)
 
 
 def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: int) -> int:
@@ -211,6 +230,9 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     """
     b, s = row_shape(training)
     sliding = len(shape.sliding_layers)
+    alibi = TRAITS[shape.family].always_masked and shape.positions == "alibi"
+    if alibi:  # joined with the mask, for each head
+        return block_bytes(b * shape.num_attention_heads * s * s * element)
     if training.attention == "eager" or not shape.sdpa:
         kinds = (sliding > 0) + (sliding < shape.num_layers)
         return kinds * block_bytes(b * s * (s + prefix) * element)
@@ -223,6 +245,11 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     if shape.sliding_window is not None and sliding and s >= shape.sliding_window:
         return block_bytes(b * s * s)
     return 0
+
+
+def _shares_mask(setup: Setup, shape: Architecture, form: LayerForm) -> bool:
+    recipe = recipe_of(setup)
+    return shares_mask(attention_plan(shape, form, setup, recipe.compute), recipe.base, recipe.compute)
 
 
 def _layer(
@@ -295,6 +322,7 @@ def _stretch(
         passed_bytes=start.size_bytes if start is not None and not input_bytes else 0,
         copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
         pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
+        stray_bytes=ops.stray_bytes,
     )
 
 

@@ -97,10 +97,11 @@ class _Gradient:
 class Tape:
     """The operations of one stretch of a model, in the order of the forward pass."""
 
-    __slots__ = ("holds", "nodes")
+    __slots__ = ("holds", "multiplied", "nodes")
 
     def __init__(self) -> None:
-        """Nothing has run."""
+        """Nothing has run. `multiplied`: see `backward_moment`."""
+        self.multiplied: Moment | None = None
         self.nodes: list[Node] = []
         self.holds: list[tuple[Tensor, int]] = []
 
@@ -164,6 +165,12 @@ class Tape:
         outs = tuple([Tensor(numel, x.element, x.needs_grad, x.owner) for numel in numels])
         self.nodes.append(Node((x,), outs))
         return outs
+
+    def added_in_place(self, x: Tensor, y: Tensor) -> Tensor:
+        """x += y, of the same size: no new storage, and both gradients are the output's."""
+        out = Tensor(x.numel, x.element, x.needs_grad or y.needs_grad, x.owner)
+        self.nodes.append(Node((x, y), (out,), aliases=True))
+        return out
 
     def hold(self, *tensors: Tensor) -> None:
         """Say that a variable of the running function refers to these until here."""
@@ -238,6 +245,8 @@ class Tape:
         Storages of `outside` (the stretch's input) are not counted. `accumulates`: weights have
         gradients already, so that new ones live only until they are added. A new one counts as a
         temporary until its node is done, but `head_bytes` of the output weight's as a gradient.
+        `multiplied` is left behind: the same moment since the first product, for which a thread takes its
+        workspace.
         """
         users = dict(keepers)
         users.pop(outside, None)  # type: ignore[arg-type]
@@ -247,6 +256,7 @@ class Tape:
         best = Moment(kept, live, weights)
         best_total = best.total_bytes
         at_first_kept = 0
+        early: Moment | None = None
         for node in reversed(self.nodes):
             arrived = [grad for output in node.outputs if (grad := gradients.pop(output, None)) is not None]
             if not arrived:
@@ -263,6 +273,8 @@ class Tape:
                         live += tensor.size_bytes
                         made.append((tensor, _Gradient(tensor.size_bytes)))
             new_bytes = live + node.scratch_bytes + node.weight_bytes
+            if early is None and (node.reads_weight or node.weight_bytes):
+                early, best_total = best, 0
             if kept - node.freed_bytes + new_bytes + weights > best_total:
                 best_total = kept - node.freed_bytes + new_bytes + weights
                 new_weights = min(node.weight_bytes, head_bytes)
@@ -295,6 +307,9 @@ class Tape:
                     if not users[owner]:
                         kept -= owner.size_bytes
                         del users[owner]
+        self.multiplied = best
+        if early is not None and early.total_bytes >= best.total_bytes:
+            best = early
         return best, at_first_kept or live
 
 

@@ -20,8 +20,10 @@ class Traits:
     rms_weight_in_fp32: bool = False
     layernorm_in_fp32: bool = False  # LayerNorm without weights on an fp32 copy
     rotary_cats: bool = False  # turned and unturned parts of a head are joined by `cat`
+    rotary_halves: bool = False  # half a head is turned by tables as wide, both halves joined by `cat`
     rope_skips_every: int = 0  # every so-many-th layer has no rotary positions
     fused_qkv: Literal["split", "slices", "groups"] = "split"  # groups: keys and values copied out of it
+    bias_added_apart: bool = False  # a linear layer's bias is added to its product, which stays in its type
     always_masked: bool = False  # a mask is made where torch could do without
     scaled_queries: bool = False  # q is multiplied by a number before the kernel
     scaled_scores: bool = True  # eager scores are multiplied by a number after the product
@@ -34,11 +36,19 @@ class Traits:
     scaled_logits: bool = False
     masked_head: bool = False  # a dense layer, gelu and a norm before the decoder
     loss_in_own_type: bool = False  # CrossEntropyLoss on the logits as they are, no fp32 copy
+    clamped_gate: bool = False  # experts' gate and up are every other column, clamped, and up has 1 added
+    shares_of_chosen: bool = False  # the router takes the softmax of the chosen experts' scores alone
     returns_cache: bool = True  # the output holds a cache that was given, though `use_cache` is off
 
 
 # A softmax in the scores' own type, which are divided in place: models/falcon/modeling_falcon.py.
-_FALCON = Traits(fused_qkv="groups", always_masked=True, softmax_in_own_type=True, scaled_scores=False)
+_FALCON = Traits(
+    fused_qkv="groups",
+    bias_added_apart=True,
+    always_masked=True,
+    softmax_in_own_type=True,
+    scaled_scores=False,
+)
 _BERT = Traits(
     softmax_in_own_type=True,
     softmax_type_stays=True,
@@ -65,6 +75,13 @@ TRAITS: dict[str, Traits] = {
     "gemma3_text": _GEMMA,
     "gpt2": Traits(softmax_in_own_type=True, returns_cache=False),
     "gpt_neox": Traits(rotary_cats=True),
+    "gpt_oss": Traits(
+        rms_weight_in_fp32=True,
+        rotary_cats=True,
+        rotary_halves=True,
+        clamped_gate=True,
+        shares_of_chosen=True,
+    ),
     "granite": Traits(scaled_residual=True, scaled_logits=True),
     "llama": Traits(),
     "mistral": Traits(returns_cache=False),

@@ -1,7 +1,7 @@
 """Every formula against the simulated step: peak within 2 %, each part within 5 % or 1 % of the peak.
 
 The simulation runs transformers' and peft's own code; the estimate knows nothing of it but numbers.
-Phases of the second step are held to 3 %.
+Phases of both steps are held to 3 %.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ ROBERTA = "FacebookAI/roberta-large"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
+FALCON_RW = "tiiuae/falcon-rw-1b"
+GPT_OSS = "openai/gpt-oss-20b"
 FALCON, FALCON_GROUPED = "tiiuae/falcon-7b", "tiiuae/falcon-40b"
 OTHER_OPTIMIZERS = (
     "adamw-single",
@@ -226,6 +228,16 @@ CASES: list[Case] = [
     (MIXTRAL, LORA, {"micro_batch_size": 8, "seq_len": 2048, "activation_checkpointing": True}),
     (QWEN3_MOE, LORA, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 128}),
+    # gpt-oss: sinks beside the scores, a window in every other layer, experts with biases and a clamped gate
+    *[
+        (GPT_OSS, method, {"micro_batch_size": 2, "seq_len": 1024, "optimizer": "sgd", "loop": "trainer"})
+        for method in (FULL, LORA, PFEIFFER, BITFIT)
+    ],
+    (GPT_OSS, LORA, {"micro_batch_size": 4, "seq_len": 1024, "precision": "bf16-mixed"}),
+    (GPT_OSS, ALL_LINEAR, {"micro_batch_size": 4, "seq_len": 2048, "activation_checkpointing": True}),
+    (GPT_OSS, NF4, {"micro_batch_size": 3, "seq_len": 700, "loop": "trainer"}),
+    (GPT_OSS, INT8, {"micro_batch_size": 1, "seq_len": 1111, "precision": "fp16"}),
+    (GPT_OSS, FULL, {"micro_batch_size": 1, "seq_len": 333, "precision": "fp32", "optimizer": "sgd"}),
     # Falcon: one key head for all, or several copied to all
     *[
         (model, method, {"micro_batch_size": 2, "seq_len": 512, "optimizer": "sgd"})
@@ -238,6 +250,19 @@ CASES: list[Case] = [
     ],
     (FALCON, LORA, {"micro_batch_size": 1, "seq_len": 1024, "attention": "eager"}),
     (FALCON, ALL_LINEAR, {"micro_batch_size": 2, "seq_len": 512, "precision": "bf16-mixed"}),
+    # Falcon with ALiBi: one mask for all layers, or a copy for each that is cast or padded
+    *[
+        (FALCON_RW, method, {"micro_batch_size": 4, "seq_len": 512, "optimizer": "sgd"})
+        for method in (FULL, LORA, HOULSBY)
+    ],
+    (FALCON_RW, ALL_LINEAR, {"micro_batch_size": 4, "seq_len": 1024, "activation_checkpointing": True}),
+    (FALCON_RW, FULL, {"micro_batch_size": 4, "seq_len": 512, "precision": "bf16-mixed", "optimizer": "sgd"}),
+    (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 501, "loop": "trainer"}),
+    *[
+        (FALCON_RW, method, {"micro_batch_size": 4, "precision": precision, "attention": "eager"})
+        for method, precision in ((LORA, "bf16"), (FULL, "fp32"), (LORA, "fp16-mixed"))
+    ],
+    (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 512, "gpu": "t4"}),
     (FALCON, IA3, {"micro_batch_size": 2, "seq_len": 512}),
     # QLoRA: 4 and 8 bits, alone and under autocast, with what each family and checkpointing do to them
     *[
@@ -288,6 +313,19 @@ CASES: list[Case] = [
         MISTRAL,
         dora("q_proj", "down_proj", lora_dropout=0.1),
         {"micro_batch_size": 2, "seq_len": 512, "precision": "bf16-mixed"},
+    ),
+    *[
+        (GPT2, dora(*targets, lora_dropout=dropout), {"micro_batch_size": 4, "precision": precision})
+        for targets, dropout, precision in (
+            (("c_attn", "mlp.c_proj"), 0.1, "bf16-mixed"),
+            (("c_attn", "c_fc", "c_proj"), 0.0, "bf16-mixed"),
+            (("c_attn", "mlp.c_proj"), 0.1, "fp32"),
+        )
+    ],
+    (
+        GPT2,
+        dora("c_attn", "c_proj", lora_dropout=0.1),
+        {"micro_batch_size": 4, "precision": "bf16-mixed", "gradient_accumulation_steps": 2},
     ),
     (LLAMA, LAYERED, {"micro_batch_size": 4, "seq_len": 512}),
     (QWEN2, SAVED, {"micro_batch_size": 2, "seq_len": 256}),
@@ -342,20 +380,21 @@ def test_estimate_is_within_two_percent_of_the_simulation(
         allowed = max(0.05 * getattr(simulated.parts, name), 0.01 * peak)
         assert abs(_difference(said, simulated, name)) <= allowed, name
     if setup.training.gradient_accumulation_steps == 1:
-        for phase, (estimated, wanted) in _second_step(said, simulated).items():
-            assert estimated == pytest.approx(wanted, rel=0.03), phase
+        for step in (1, 2):
+            for phase, (estimated, wanted) in _phases(said, simulated, step).items():
+                assert estimated == pytest.approx(wanted, rel=0.03), (phase, step)
 
 
 def _difference(said: MemoryReport, simulated: MemoryReport, part: str) -> int:
     return int(getattr(said.parts, part) - getattr(simulated.parts, part))
 
 
-def _second_step(said: MemoryReport, simulated: MemoryReport) -> dict[str, tuple[int, int]]:
-    """Peaks of each phase of the second step: estimated, simulated (the highest micro batch)."""
+def _phases(said: MemoryReport, simulated: MemoryReport, step: int) -> dict[str, tuple[int, int]]:
+    """Peaks of each phase of a step: estimated, simulated (the highest micro batch)."""
     phases: dict[str, tuple[int, int]] = {}
     for name in ("forward", "backward", "optimizer_step"):
         of_both = [
-            max(p.peak_allocated_bytes for p in report.phases if p.name == name and p.step == 2)
+            max(p.peak_allocated_bytes for p in report.phases if p.name == name and p.step == step)
             for report in (said, simulated)
         ]
         phases[name] = (of_both[0], of_both[1])
@@ -363,6 +402,6 @@ def _second_step(said: MemoryReport, simulated: MemoryReport) -> dict[str, tuple
 
 
 def _worst_phase(said: MemoryReport, simulated: MemoryReport) -> str:
-    phases = _second_step(said, simulated)
+    phases = _phases(said, simulated, 2)
     name = max(phases, key=lambda phase: abs(phases[phase][0] / phases[phase][1] - 1))
     return f"{name} {_apart(*phases[name])}"
