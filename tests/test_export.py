@@ -458,4 +458,5 @@ def test_the_requirements_are_the_tested_ranges() -> None:
     assert eight_bits["requirements.txt"].splitlines() == [*extras["simulate"], BITSANDBYTES]
     assert "bitsandbytes" not in exported(planned())["train.py"]
     assert extras["liger"] == [LIGER]
-    assert exported(planned(loss="liger"))["requirements.txt"].splitlines() == [*extras["simulate"], LIGER]
+    fused = exported(planned("qwen2", loss="liger"))
+    assert fused["requirements.txt"].splitlines() == [*extras["simulate"], LIGER]
