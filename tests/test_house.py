@@ -39,7 +39,7 @@ LIGHT = {
     "units",
     "version",
 }
-TORCH = {"torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes"}
+TORCH = {"torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "liger_kernel"}
 PAGE = {"streamlit", "plotly", "pandas"}
 THIRD_PARTY = {
     **dict.fromkeys(LIGHT | {"__init__", "__main__"}, frozenset[str]()),

@@ -40,6 +40,26 @@ def test_each_optimizer_has_its_formula(optimizer: Any) -> None:
         assert term.source
 
 
+@pytest.mark.parametrize(
+    ("loss", "precision", "words"),
+    [
+        ("full", "bf16", "b s v = 4 x 1,024 x 151,936"),
+        ("chunked", "bf16", "n v = 1,024 x 151,936"),
+        ("liger", "bf16", "n v = 32 x 151,936, 2 bytes each"),  # 4,096 tokens in 170 pieces: 25, so 32
+        ("liger", "fp32", "n v = 32 x 151,936, 4 bytes each"),
+        ("liger", "bf16-mixed", "n v = 32 x 151,936, 2 bytes each"),
+    ],
+)
+def test_each_loss_has_its_formula(loss: Any, precision: Any, words: str) -> None:
+    training = Training(micro_batch_size=4, seq_len=1024, loss=loss, precision=precision)
+    setup = Setup(model="Qwen/Qwen2.5-0.5B", training=training)
+    report = estimate(setup)
+    (row,) = (term for term in terms(setup, report) if term.part == "logits_and_loss")
+    assert words in row.numbers
+    assert row.formula.count("{") == row.formula.count("}")
+    assert row.source
+
+
 def test_what_is_paged_is_named_with_its_size() -> None:
     setup = Setup(model=GPT2, training=Training(optimizer="paged-adamw-8bit"))
     report = estimate(setup)
