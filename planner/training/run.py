@@ -71,6 +71,7 @@ class TrainingRun:
             self.net = quantizable(self.net, setup.method, loaded_dtype(setup))
         if setup.training.loss == "chunked":
             self.net = chunked(self.net)
+        self.arrived: Callable[[], None] = lambda: None  # called when a weight to quantize is on the device
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
@@ -112,7 +113,7 @@ class TrainingRun:
             return
         from planner.training.quantize import load_quantized, prepare
 
-        load_quantized(self.net, self.device, loaded_dtype(setup))
+        load_quantized(self.net, self.device, loaded_dtype(setup), self.arrived)
         prepare(self.net, activation_checkpointing=setup.training.activation_checkpointing)
 
     def step(self, number: int) -> None:
