@@ -12,7 +12,7 @@ from unittest import mock
 from planner.report import MemoryReport, Phase
 from planner.spec import LoRA, QLoRA, Setup, Training
 
-__all__ = ["as_run", "lora_runs", "qlora_runs", "setup_of", "title"]
+__all__ = ["as_run", "lora_runs", "other_residents", "qlora_runs", "setup_of", "title"]
 
 _FIGURES = json.loads((Path(__file__).parent / "data" / "published_t4_runs.json").read_text())
 
@@ -25,6 +25,11 @@ def lora_runs() -> list[dict[str, Any]]:
 def qlora_runs() -> list[dict[str, Any]]:
     """The runs over nf4 weights."""
     return list(_FIGURES["nf4_runs"])
+
+
+def other_residents() -> list[dict[str, Any]]:
+    """More nf4 runs, of models that the arrivals were not looked at with: MiB on the card before the step."""
+    return list(_FIGURES["nf4_residents"])
 
 
 def setup_of(run: dict[str, Any]) -> Setup:

@@ -149,14 +149,16 @@ def _quantize(module: Any, device: torch.device, dtype: torch.dtype, arrived: Ca
     arrived()
     if device.type != "meta":
         nn.init.normal_(weight, std=_STD)
-    if turned:
-        weight = weight.T.contiguous()
+    given = weight.T if turned else weight
     if type(module).__name__ == "Linear8bitLt":
-        codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        # Bnb8bitQuantize: over the host to Int8Params, which brings it into a second block beside the first
+        codes, scales, _ = functional.int8_vectorwise_quant(
+            given.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
+        )
         module.weight = layers.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         return
     packed, state = functional.quantize_4bit(
-        weight,
+        given.contiguous(),
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,
         quant_type=old.quant_type,

@@ -133,3 +133,22 @@ def test_a_verdict_s_upper_edge_holds_the_band() -> None:
     )
     wider = dataclasses.replace(report, loading_band=wide)
     assert verdict(wider, card).upper_bytes == verdict(without, card).upper_bytes + 5 * MIB
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_8_bit_weight_comes_twice(precision: Any) -> None:
+    """transformers 5.23, Bnb8bitQuantize: over the host to Int8Params, which brings it back in fp16."""
+    watched: list[Any] = []
+    model = model_of({**LLAMA, "num_hidden_layers": 1})
+    setup = Setup(
+        model=model, method=QLoRA(quantization="int8"), training=Training(seq_len=64, precision=precision)
+    )
+    simulate(setup, steps=1, watch=watched.append)
+    entries = watched[0].trail
+    marks = [i for i, entry in enumerate(entries) if entry[1:] == ("arrived",)]
+    at = next(i for i in marks if all(entry[0] > 0 for entry in entries[i + 1 : i + 4]))
+    weight, again, scales, codes = (entries[i] for i in (at - 1, at + 1, at + 2, at + 3))
+    count = 256 * 512  # down_proj
+    assert [entry[1] for entry in (weight, again, scales, codes)] == [2 * count, 2 * count, 4 * 256, count]
+    assert [-entry[0] for entry in entries[at + 4 : at + 6]] == [again[0], weight[0]]

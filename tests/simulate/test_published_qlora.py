@@ -12,16 +12,22 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from planner.estimate.quantized import is_quantized, tensor_sizes
 from planner.report import LoadingBand
-from planner.spec import QLoRA
+from planner.simulate.allocator import AllocatorConfig
+from planner.simulate.arrivals import LOADINGS, Arrivals
+from planner.simulate.simulation import Simulation
+from planner.spec import QLoRA, Setup, Training
+from planner.training.run import TrainingRun
 from planner.units import MIB
-from tests.published import as_run, qlora_runs, setup_of, title
+from tests.published import as_run, other_residents, qlora_runs, setup_of, title
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -95,3 +101,27 @@ def test_the_weights_bytes_are_exact(run: dict[str, Any]) -> None:
     assert packed / MIB == measured["nf4_packed"]
     assert scales / MIB == measured["quant_scales"]
     assert (rest + 4 * run["trainable_params"]) / MIB == measured["unquantized_fp32"]
+
+
+OTHERS = {(run["model"], run["rank"]) for run in other_residents()}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("model", "rank"), sorted(OTHERS))
+def test_other_runs_lie_inside_the_orders_before_their_step(model: str, rank: int) -> None:
+    """16 runs of 7 models, of which nothing else was looked at; to a tenth of a MiB."""
+    method = QLoRA(lora_rank=rank, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+    setup = Setup(model=model, method=method, training=Training(precision="fp16"), gpu="t4")
+    simulation = Simulation(gpu=setup.gpu)
+    simulation.ledger.trail = []
+    run = TrainingRun(setup, torch.device("meta"), simulation.phase)
+    run.arrived = partial(simulation.ledger.note, "arrived")
+    with simulation.outcome():
+        run.prepare()
+    arrivals = Arrivals(simulation.ledger.trail, AllocatorConfig())
+    residents = [arrivals.phases(loading)[-1].allocated_bytes / MIB for loading in LOADINGS]
+    residents.append(simulation.phases[-1].allocated_bytes / MIB)
+    real = [r["resident_before_step"] for r in other_residents() if (r["model"], r["rank"]) == (model, rank)]
+    assert min(residents) - 0.1 < min(real)
+    assert max(real) < max(residents) + 0.1
+    assert max(residents) / min(residents) < 1.055
