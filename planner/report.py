@@ -9,7 +9,17 @@ from typing import Any, Literal
 
 from planner.errors import PlannerError
 
-__all__ = ["PARTS", "MemoryReport", "OutOfMemory", "Parameters", "Parts", "PeakSite", "Phase", "Source"]
+__all__ = [
+    "PARTS",
+    "LoadingBand",
+    "MemoryReport",
+    "OutOfMemory",
+    "Parameters",
+    "Parts",
+    "PeakSite",
+    "Phase",
+    "Source",
+]
 
 SCHEMA = 1
 Source = Literal["estimate", "simulation", "measurement"]
@@ -108,6 +118,29 @@ class OutOfMemory:
     module: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadingBand:
+    """What the order in which a quantized model's weights arrive can change: (lowest, highest) bytes.
+
+    `resident_bytes` are allocated before the first step, `peak_allocated_bytes` is of the steps; `orders` is
+    how many were simulated.
+    """
+
+    resident_bytes: tuple[int, int]
+    peak_allocated_bytes: tuple[int, int]
+    orders: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoadingBand:
+        """From its JSON object. Raises KeyError, TypeError or ValueError."""
+        resident, peak = values["resident_bytes"], values["peak_allocated_bytes"]
+        return cls(
+            resident_bytes=(int(resident[0]), int(resident[1])),
+            peak_allocated_bytes=(int(peak[0]), int(peak[1])),
+            orders=int(values["orders"]),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
     """The answer to one setup.
@@ -115,9 +148,9 @@ class MemoryReport:
     `parts` are alive at the peak of allocated memory and sum to it; `phases` in order; reserved is the
     allocator's segments (None where not known). `not_known` lists parts that could not be determined
     and count as 0; `by_subtraction` those of a measurement that are a remainder. `timeline` is
-    (event number, allocated bytes) pairs. `provenance` says versions, source and time. Of one rank among
-    several: `host_bytes` are its shards in the host's memory, `nccl_bytes` NCCL's own on the card outside
-    torch, (usual, largest).
+    (event number, allocated bytes) pairs. `provenance` says versions, source and time. `loading_band` is of
+    the simulation of a quantized model. Of one rank among several: `host_bytes` are its shards in the host's
+    memory, `nccl_bytes` NCCL's own on the card outside torch, (usual, largest).
     """
 
     source: Source
@@ -136,6 +169,7 @@ class MemoryReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     host_bytes: int | None = None
     nccl_bytes: tuple[int, int] | None = None
+    loading_band: LoadingBand | None = None
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -167,6 +201,11 @@ class MemoryReport:
             answer["host_bytes"] = self.host_bytes
         if self.nccl_bytes is not None:
             answer["nccl_bytes"] = list(self.nccl_bytes)
+        if self.loading_band:
+            answer["loading_band"] = {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in dataclasses.asdict(self.loading_band).items()
+            }
         if self.timeline:
             answer["timeline"] = [list(point) for point in self.timeline]
         return answer
@@ -181,7 +220,7 @@ class MemoryReport:
         try:
             parameters = answer["parameters"]
             site, failure = answer.get("peak_site"), answer.get("out_of_memory")
-            nccl = answer.get("nccl_bytes")
+            nccl, band = answer.get("nccl_bytes"), answer.get("loading_band")
             return cls(
                 source=answer["source"],
                 setup=answer["setup"],
@@ -203,6 +242,7 @@ class MemoryReport:
                 provenance=answer.get("provenance", {}),
                 host_bytes=answer.get("host_bytes"),
                 nccl_bytes=None if nccl is None else (int(nccl[0]), int(nccl[1])),
+                loading_band=LoadingBand.from_dict(band) if band else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlannerError(f"not a memory report: {error}.") from None

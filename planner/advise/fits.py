@@ -102,7 +102,8 @@ def context_bytes(gpu: Gpu) -> tuple[int, int]:
 def verdict(report: MemoryReport, gpu: Gpu) -> Verdict:
     """Whether the run of `report` fits `gpu`: fits, tight (inside the error band) or does not fit.
 
-    Uses peak reserved where the report knows it, else peak allocated and the overhead seen in real runs.
+    Uses peak reserved where the report knows it, else peak allocated and the overhead seen in real runs; the
+    upper edge holds what another order of loading can add.
     Excludes other processes on the card, and what a desktop draws there.
     """
     usual_context, largest_context = context_bytes(gpu)
@@ -111,6 +112,7 @@ def verdict(report: MemoryReport, gpu: Gpu) -> Verdict:
     usual_nccl, largest_nccl = _nccl_bytes(report)
     device_bytes = round(basis * usual_ratio) + usual_context + usual_nccl
     upper_bytes = round(basis * largest_ratio * (1 + _ERROR[report.source])) + largest_context + largest_nccl
+    upper_bytes += _loading_bytes(report)
     capacity_bytes = int(gpu.total_bytes * _USABLE[gpu.memory_kind])
     word = _word(report, device_bytes, upper_bytes, capacity_bytes)
     return Verdict(
@@ -133,6 +135,12 @@ def _reserved_over(report: MemoryReport) -> tuple[float, float]:
         return _RESERVED_OVER_ALLOCATED_SHARDS
     eager = report.setup.get("attention") == "eager"
     return _RESERVED_OVER_ALLOCATED_EAGER if eager else _RESERVED_OVER_ALLOCATED
+
+
+def _loading_bytes(report: MemoryReport) -> int:
+    """By how much the steps peak higher where a quantized model's weights came in another order."""
+    band = report.loading_band
+    return max(0, band.peak_allocated_bytes[1] - report.peak_allocated_bytes) if band else 0
 
 
 def _sharding(report: MemoryReport) -> Sharding:

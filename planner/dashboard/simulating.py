@@ -20,7 +20,7 @@ from planner.dashboard.words import PHASE_TITLES, method_title, plain
 from planner.errors import PlannerError
 from planner.report import MemoryReport
 from planner.spec import FullFineTuning, PeftOfSize, Setup
-from planner.units import gib, percent
+from planner.units import MIB, gib, percent
 
 __all__ = [
     "ask_beside",
@@ -211,6 +211,9 @@ def summary(one: Simulated, predicted: MemoryReport) -> str:
     if not predicted.not_known:
         off = predicted.peak_allocated_bytes / report.peak_allocated_bytes - 1
         peak += f"; the formula is {percent(abs(off))} {'above' if off >= 0 else 'below'} it"
+    if report.loading_band:
+        lowest, highest = (size / MIB for size in report.loading_band.peak_allocated_bytes)
+        peak += f"; {lowest:,.0f} to {highest:,.0f} MiB by the order in which the weights arrive"
     return f"{peak}. {place(report)}"
 
 

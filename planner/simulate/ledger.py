@@ -144,8 +144,12 @@ class Ledger:
     def empty_cache(self) -> None:
         """Give back every segment that holds nothing, as `torch.cuda.empty_cache` does."""
         self.allocator.empty_cache()
+        self.note("empty_cache")
+
+    def note(self, *words: Any) -> None:
+        """Put words between the trail's blocks, where one is kept: a phase begins, a weight has arrived."""
         if self.trail is not None:
-            self.trail.append((0, "empty_cache"))
+            self.trail.append((0, *words))
 
     def _malloc(self, size_bytes: int, part: str) -> tuple[int, int]:
         allocator = self.allocator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from planner.losses import LIGER_VERSION
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
+from planner.simulate.arrivals import band_note, loading_band
 from planner.simulate.place import rank_notes, simulated_place
 from planner.simulate.simulation import Progress, Simulation
 from planner.spec import QLoRA, Setup
@@ -27,14 +29,6 @@ from planner.training.runs import run_of
 from planner.version import __version__
 
 __all__ = ["Simulation", "provenance", "simulate"]
-
-# 15 QLoRA runs of TinyLlama-1.1B on a Tesla T4 (fitcheck-llm 0.3.1, measurement archive): before the step
-# 15.6 to 23.6 MiB more than their tensors' bytes; 10 runs of others 0.07 to 0.13 MiB more, all alike.
-_QUANTIZED_LOAD = (
-    "Threads race when a quantized model is loaded, so real runs of one setup differ in resident and peak "
-    "memory: by up to 8 MiB among 15 published runs of a model of 1.1 B parameters."
-)
-
 
 def simulate(
     setup: Setup,
@@ -66,10 +60,13 @@ def simulate(
     simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)
     if watch:
         watch(simulation)
+    if _quantizes(setup) and simulation.ledger.trail is None:
+        simulation.ledger.trail = []  # for other orders of arrival
     with place:
         run = run_of(
             setup, torch.device("meta"), simulation.phase, separate_labels=separate_labels, own_lora=own_lora
         )
+        run.arrived = partial(simulation.ledger.note, "arrived")
         with simulation.outcome():
             run.prepare()
             simulation.know_adapters(run.added)  # under FSDP they came with their units
@@ -79,7 +76,10 @@ def simulate(
                 simulation.know_states(run.optimizer)
     report = simulation.report(setup.to_dict(), _parameters(run), provenance(setup))
     notes = (*report.notes, *rank_notes(setup.sharding, rank), *initialisation_notes(setup.method))
-    return replace(report, notes=(*notes, _QUANTIZED_LOAD) if _quantizes(setup) else notes)
+    if not _quantizes(setup) or setup.sharding.is_distributed or simulation.out_of_memory:
+        return replace(report, notes=notes)
+    band = loading_band(simulation.trail or (), report.phases, simulation.allocator.config)
+    return replace(report, loading_band=band, notes=(*notes, band_note(band)))
 
 
 def _parameters(run: TrainingRun) -> Parameters:

@@ -126,6 +126,7 @@ class Simulation:
         if step is not None:
             ledger.last_step = step
         allocator.reset_peak()
+        ledger.note("phase", name, step)
         if name == "forward":
             self.modules.begin_forward()
         try:
@@ -144,6 +145,7 @@ class Simulation:
                     peak_reserved_bytes=allocator.peak_reserved_bytes,
                 )
             )
+            ledger.note("end")
             self.tracer.phase = ledger.phase = ""
 
     def follow(self, net: nn.Module, trained: Sequence[nn.Parameter]) -> None:

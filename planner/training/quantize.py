@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -65,12 +65,14 @@ def _config(method: QLoRA, dtype: torch.dtype) -> Any:
     )
 
 
-def load_quantized(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_quantized(
+    net: nn.Module, device: torch.device, dtype: torch.dtype, arrived: Callable[[], None] = lambda: None
+) -> nn.Module:
     """The skeleton on `device`, every weight brought there in `dtype` and quantized before the next comes.
 
     In the order of a checkpoint (names, numbers by value), after one block of the expected size was taken
-    and freed (caching_allocator_warmup). transformers brings weights in several threads: which of them
-    overtake the one that quantizes is a race, so the unsplit rests of blocks differ between real runs.
+    and freed (caching_allocator_warmup). `arrived` is called when a weight is there, before it is quantized.
+    transformers before 5.4 brings weights in several threads: planner.simulate.arrivals.
     """
     from bitsandbytes import functional
 
@@ -81,9 +83,10 @@ def load_quantized(net: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         for name, parameter in sorted(net.named_parameters(), key=lambda pair: _natural(pair[0])):
             module = net.get_submodule(name.rpartition(".")[0])
             if parameter is module._parameters.get("weight") and _is_quantized(module):
-                _quantize(module, device, dtype)
+                _quantize(module, device, dtype, arrived)
             else:
                 storage = torch.empty_like(parameter, device=device, requires_grad=False)
+                arrived()
                 moved[id(parameter)] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
     net._shared_maps = maps  # type: ignore[assignment]  # bitsandbytes keeps its code for the absmax for good
     _exchange(net, moved, device)
@@ -136,23 +139,26 @@ def _warm_up(net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     torch.empty(size_bytes // 2, dtype=torch.float16, device=device)
 
 
-def _quantize(module: Any, device: torch.device, dtype: torch.dtype) -> None:
+def _quantize(module: Any, device: torch.device, dtype: torch.dtype, arrived: Callable[[], None]) -> None:
     from bitsandbytes import functional
     from bitsandbytes.nn import modules as layers
 
     old, turned = module.weight, module.source_cls is not nn.Linear
     shape = tuple(reversed(old.shape)) if turned else old.shape  # transformers' Conv1D holds [in, out]
     weight = torch.empty(shape, dtype=dtype, device=device)
+    arrived()
     if device.type != "meta":
         nn.init.normal_(weight, std=_STD)
-    if turned:
-        weight = weight.T.contiguous()
+    given = weight.T if turned else weight
     if type(module).__name__ == "Linear8bitLt":
-        codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        # Bnb8bitQuantize: over the host to Int8Params, which brings it into a second block beside the first
+        codes, scales, _ = functional.int8_vectorwise_quant(
+            given.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
+        )
         module.weight = layers.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         return
     packed, state = functional.quantize_4bit(
-        weight,
+        given.contiguous(),
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,
         quant_type=old.quant_type,

@@ -77,6 +77,7 @@ class TrainingRun:
             self.net = chunked(self.net)
         elif setup.training.loss == "liger":
             self.net = with_fused_loss(self.net, device)
+        self.arrived: Callable[[], None] = lambda: None  # called when a weight to quantize is on the device
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
@@ -120,7 +121,7 @@ class TrainingRun:
             return
         from planner.training.quantize import load_quantized, prepare
 
-        load_quantized(self.net, self.device, loaded_dtype(setup))
+        load_quantized(self.net, self.device, loaded_dtype(setup), self.arrived)
         prepare(self.net, activation_checkpointing=setup.training.activation_checkpointing)
 
     def step(self, number: int) -> None:
