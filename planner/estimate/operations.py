@@ -19,16 +19,26 @@ __all__ = ["Operations"]
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "tokens", "traits")
+    __slots__ = ("copied_bytes", "fp16", "handed_out", "prefix", "recipe", "seq_len", "tokens", "traits")
 
     def __init__(
-        self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits, *, prefix: int = 0
+        self,
+        tokens: int,
+        seq_len: int,
+        recipe: Recipe,
+        traits: Traits,
+        *,
+        prefix: int = 0,
+        fp16: bool = False,
     ) -> None:
-        """`traits` are the family's; `prefix` is the number of trained keys before a sample's."""
+        """`traits` are the family's; `prefix` is the number of trained keys before a sample's. `fp16`: 16-bit
+        numbers are of that type.
+        """
         super().__init__()
         self.copied_bytes = 0  # held to the end of the forward pass: what autocast or a cache keeps
         self.handed_out: list[Tensor] = []  # answers of attention that a layer's variable holds to its end
         self.prefix = prefix
+        self.fp16 = fp16
         self.tokens = tokens
         self.seq_len = seq_len
         self.recipe = recipe
@@ -76,7 +86,7 @@ class Operations(Tape):
         return out
 
     def _product_with_weight(self, x: Tensor, form: LinearForm) -> Tensor:
-        base = self.recipe.base
+        base = form.element or self.recipe.base
         gradients = block_bytes(form.inputs * form.outputs * base) if form.weight_trained else 0
         biases = block_bytes(form.outputs * base) if form.bias_trained else 0
         return self._product(x, form.inputs, form.outputs, gradients, biases)

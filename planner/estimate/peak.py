@@ -13,7 +13,8 @@ from planner.estimate.rank_report import one_gpu
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
-from planner.estimate.stack import Stack, has_formulas, stack
+from planner.estimate.stack import has_formulas, stack
+from planner.estimate.stretches import Stack
 from planner.estimate.workspace import workspace_bytes
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, Parts, Phase
@@ -134,7 +135,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     for stretch in layers.stretches:
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
         waiting += left_bytes * (stretch.count - 1)
-        activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes
+        activations = waiting + stretch.input_bytes + stretch.forward_peak_bytes + stretch.beside_bytes
         moment = Alive(
             phase="forward",
             gradients=gradients,
@@ -180,8 +181,8 @@ def _backward(layers: Stack, gradients: int, workspace: int, *, checkpointed: bo
     made = gradients + layers.loss.waiting_bytes if gradients else layers.loss.weight_bytes
     for stretch in reversed(layers.stretches):
         moment = stretch.backward
-        if moment is None:
-            break
+        if moment is None:  # nothing in it or before it is trained; an encoder before it may be
+            continue
         for index in {stretch.count - 1, 0}:
             later = stretch.count - 1 - index
             candidate = Alive(

@@ -3,75 +3,24 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
-from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
+from planner.estimate.loss import chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
-from planner.estimate.resident import block_bytes, packed_bytes
-from planner.estimate.tape import Moment, Tensor
+from planner.estimate.resident import block_bytes
+from planner.estimate.seq2seq import seq2seq_stack
+from planner.estimate.stretches import Stack, Stretch, stretch_of
+from planner.estimate.tape import Tensor
 from planner.estimate.traits import TRAITS
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.model import Architecture
 from planner.spec import PeftConfig, PeftOfSize, Setup, Training
-from planner.units import MIB
 
-__all__ = ["Stack", "Stretch", "has_formulas", "stack"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stretch:
-    """`count` equal layers; bytes of one of them.
-
-    `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
-    moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
-    gradients it leaves. `copied_bytes` are copies of weights that autocast holds through the forward pass
-    though a checkpoint drops them. `pinned_bytes` stay to the end of the step.
-    """
-
-    count: int
-    kept_bytes: int
-    input_bytes: int
-    forward_peak_bytes: int
-    backward: Moment | None
-    weight_bytes: int
-    copied_bytes: int = 0
-    pinned_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stack:
-    """Stretches in the order of the forward pass, then head and loss.
-
-    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions, `masks_bytes`
-    attention masks, which only checkpoints hold after the forward pass; `hidden_bytes` the head's input.
-    `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds
-    both to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss
-    and with it the graph to the end of the step.
-    """
-
-    stretches: tuple[Stretch, ...]
-    loss: LossMemory
-    inputs_bytes: int
-    tables_bytes: int
-    masks_bytes: int
-    hidden_bytes: int
-    leaf_bytes: int
-    leaf_is_input: bool
-    keeps_graph: bool
-
-    @property
-    def pinned_bytes(self) -> int:
-        """What nodes of the graph hold to its end."""
-        return sum([stretch.pinned_bytes * stretch.count for stretch in self.stretches])
-
-    @property
-    def left_bytes(self) -> int:
-        """What the loop still holds in the optimizer step, logits apart."""
-        return self.inputs_bytes + (2 * self.leaf_bytes + self.pinned_bytes if self.keeps_graph else 0)
+__all__ = ["has_formulas", "stack"]
 
 
 def has_formulas(setup: Setup) -> bool:
@@ -114,6 +63,9 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     assert shape is not None  # the caller asks for closed-form families only
     form = model_form(setup)
     inputs_bytes = _inputs_bytes(setup.training)
+    if shape.encoder_layers:
+        blank = _operations(setup, shape)
+        return seq2seq_stack(setup, form, blank, inputs_bytes=inputs_bytes, accumulates=accumulates)
     prompts = _virtual_tokens(setup, "prompt_tuning")
     if prompts:
         setup = _lengthened(setup, prompts)
@@ -126,7 +78,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         prefix_of(ops, shape)
     rows, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
     leaf_is_input = rows is x
-    stretches = [_stretch(ops, None, x, accumulates=accumulates)]
+    stretches = [stretch_of(ops, None, x, accumulates=accumulates)]
     walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
     for layer_form, count in form.runs:
         left = count
@@ -147,7 +99,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         head.tokens = min(head.tokens, LOSS_CHUNK_TOKENS)
         memory = chunked_loss_memory
     loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
-    stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
+    stretches.append(stretch_of(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
     return Stack(
         stretches=tuple(stretches),
         loss=loss,
@@ -165,7 +117,14 @@ def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
     tokens = training.micro_batch_size * training.seq_len
     prefix = _virtual_tokens(setup, "prefix_tuning")
-    return Operations(tokens, training.seq_len, recipe_of(setup), TRAITS[shape.family], prefix=prefix)
+    return Operations(
+        tokens,
+        training.seq_len,
+        recipe_of(setup),
+        TRAITS[shape.family],
+        prefix=prefix,
+        fp16=training.precision.startswith("fp16"),
+    )
 
 
 def _input(x: Tensor) -> Tensor:
@@ -210,7 +169,7 @@ def _layer(
     """One layer and its output."""
     ops, start = _operations(setup, shape), _input(x)
     out = layer(ops, start, shape, form, setup)
-    stretch = _stretch(
+    stretch = stretch_of(
         ops,
         start,
         out,
@@ -221,66 +180,3 @@ def _layer(
     return out, stretch
 
 
-def _stretch(
-    ops: Operations,
-    start: Tensor | None,
-    out: Tensor,
-    *,
-    accumulates: bool,
-    repeats: int = 1,
-    checkpointed: bool = False,
-    keeps_output: bool = False,
-) -> Stretch:
-    """What the tape comes to, `repeats` times in the model.
-
-    `checkpointed`: only the input is kept, the rest is made again.
-    """
-    keepers = ops.keepers()
-    keepers.pop(out.owner, None)  # the next stretch counts its input
-    pinned = ops.pinned()
-    held = {**keepers, **dict.fromkeys(pinned, 1)} if pinned else keepers
-    forward_peak = ops.forward_peak_bytes(dict.fromkeys(pinned, 1) if checkpointed else held)
-    if not out.needs_grad:
-        return Stretch(
-            count=1,
-            kept_bytes=0,
-            input_bytes=0,
-            forward_peak_bytes=forward_peak,
-            backward=None,
-            weight_bytes=0,
-        )
-    if not checkpointed:
-        for owner in pinned:
-            keepers.pop(owner, None)
-    input_bytes = 0
-    if start is not None and (checkpointed or start in keepers) and start not in pinned:
-        input_bytes = start.size_bytes
-    kept = input_bytes + (out.size_bytes if keeps_output else 0)
-    moment, asking = ops.backward_moment(keepers, start, out, accumulates=accumulates)
-    if checkpointed:
-        again = ops.forward_peak_bytes(held, recomputed=True)
-        if again + asking > moment.total_bytes:
-            moment = Moment(again, asking, 0)
-    else:
-        kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start], repeats)
-    return Stretch(
-        count=1,
-        kept_bytes=kept,
-        input_bytes=input_bytes,
-        forward_peak_bytes=forward_peak,
-        backward=moment,
-        weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
-        copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
-        pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
-    )
-
-
-def _kept_bytes(sizes: list[int], repeats: int) -> int:
-    """What the tensors that one layer keeps count for, averaged over a few layers packed in segments."""
-    if repeats == 1 or not any(MIB < size < 10 * MIB for size in sizes):
-        return sum(sizes)
-    layers = min(repeats, _PACKED_LAYERS)
-    return packed_bytes(sizes * layers) // layers
-
-
-_PACKED_LAYERS = 4  # after so many the pattern repeats: a segment of 20 MiB holds 2 to 19 of them

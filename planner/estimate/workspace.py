@@ -29,9 +29,10 @@ def workspace_bytes(setup: Setup, form: ModelForm | None) -> int:
 
 def _adds_biases(form: ModelForm, *, but_quantized: bool) -> bool:
     linears = [form.head, *form.outer_linears]
-    for layer, _ in form.runs:
+    for layer, _ in (*form.encoder_runs, *form.runs):
         linears += [*layer.attention_inputs, layer.attention_output, *layer.mlp_inputs]
         linears += [layer.mlp_output] if layer.mlp_output else []
+        linears += [*layer.cross_inputs, *([layer.cross_output] if layer.cross_output else [])]
         if layer.bottleneck:
             return True
     return any(
