@@ -53,6 +53,7 @@ class _Layers:
     out: Tensor
     given: Given
     kept: frozenset[Tensor]
+    pinned: frozenset[Tensor]
 
 
 def seq2seq_stack(
@@ -87,7 +88,8 @@ def seq2seq_stack(
     later = [*([decoder_rows] if hooked else []), *([empty] if empty else [])]
     leaves = [rows, *later] if hooked else later
     later_bytes = sum([leaf.size_bytes for leaf in leaves if leaf is not rows])
-    of_encoder = start, *encoder.stretches, _held(end, memory, plain=plain, kept=memory in decoder.kept)
+    pinned = plain or memory in decoder.pinned
+    of_encoder = start, *encoder.stretches, _held(end, memory, pinned=pinned, kept=memory in decoder.kept)
     return Stack(
         stretches=(
             *_behind(of_encoder, later_bytes),
@@ -154,7 +156,8 @@ def _layers(
             walked[key] = _layer(walk, form, x, lent, len(forms), last=place[1])
         found.append(walked[key])
         x, lent = found[-1].out, found[-1].given
-    kept = frozenset().union(*[layer.kept for layer in walked.values()])
+    kept = frozenset[Tensor]().union(*[layer.kept for layer in walked.values()])
+    pinned = frozenset[Tensor]().union(*[layer.pinned for layer in walked.values()])
     if walk.checkpointed and x.needs_grad:  # every layer's inputs, but what the first one makes
         kept |= set(lent.tensors() if len(forms) > 1 else given.tensors())
     made = [t for t in lent.tensors() if t not in given.tensors() and t is not _leaf(walk, lent)]
@@ -165,17 +168,18 @@ def _layers(
     for stretch, alike in groupby([layer.stretch for layer in found[1:]]):
         count = len(list(alike))
         stretches.append(replace(stretch, count=count, beside_bytes=beside_bytes + passing))
-    return _Layers(stretches=tuple(stretches), out=x, given=lent, kept=kept)
+    return _Layers(stretches=tuple(stretches), out=x, given=lent, kept=kept, pinned=pinned)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """One layer: its stretch without what is shared, its output, what it passes on and what it keeps."""
+    """One layer: its stretch without what is shared, its output, what it passes on and what of it it keeps."""
 
     stretch: Stretch
     out: Tensor
     given: Given
     kept: frozenset[Tensor]
+    pinned: frozenset[Tensor]
 
 
 def _layer(walk: _Walk, form: LayerForm, x: Tensor, given: Given, repeats: int, *, last: bool) -> _Layer:
@@ -193,9 +197,13 @@ def _layer(walk: _Walk, form: LayerForm, x: Tensor, given: Given, repeats: int, 
         lent=tensors,
         carried=[] if last else [t for t in tensors if t.needs_grad],
     )
-    keepers = ops.keepers() if out.needs_grad and not walk.checkpointed else {}
+    keepers = ops.keepers() if not walk.checkpointed else {}
     return _Layer(
-        stretch=stretch, out=out, given=shared, kept=frozenset([t for t in tensors if t in keepers])
+        stretch=stretch,
+        out=out,
+        given=shared,
+        kept=frozenset([t for t in tensors if t in keepers]),
+        pinned=frozenset([t for t in tensors if t in ops.pinned()]),
     )
 
 
@@ -216,10 +224,10 @@ def _tail(walk: _Walk, x: Tensor, *, last: bool) -> tuple[Tensor, Stretch]:
     return Tensor(scaled.numel, scaled.element, scaled.needs_grad), stretch
 
 
-def _held(stretch: Stretch, memory: Tensor, *, plain: bool, kept: bool) -> Stretch:
-    """The encoder's last stretch with its output: held by the loop, by the decoder's layers, or by neither."""
+def _held(stretch: Stretch, memory: Tensor, *, pinned: bool, kept: bool) -> Stretch:
+    """The encoder's last stretch with its output: held to the end, by the decoder's layers, or by neither."""
     size_bytes = memory.size_bytes
-    if plain:
+    if pinned:
         return replace(stretch, pinned_bytes=size_bytes)
     if kept:
         return replace(stretch, kept_bytes=stretch.kept_bytes + size_bytes)

@@ -87,7 +87,7 @@ def stretch_of(
     """
     keepers = ops.keepers()
     keepers.pop(out.owner, None)  # the next stretch counts its input
-    pinned = ops.pinned()
+    pinned = [owner for owner in ops.pinned() if owner not in lent]
     held = {**keepers, **dict.fromkeys(pinned, 1)} if pinned else keepers
     forward_peak = ops.forward_peak_bytes(dict.fromkeys(pinned, 1) if checkpointed else held)
     if not out.needs_grad:

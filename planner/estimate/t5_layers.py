@@ -175,6 +175,8 @@ def _attended(
     `ready`: the bias is a mask as it is.
     """
     q, k, v = queries_keys_values
+    if ops.recipe.autocast:
+        q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     plan = attention_plan(shape, form, setup, v.element)
     if plan.kernel == "eager":
         return _eager(ops, q, k, v, plan, bias, setup, causal=causal)
