@@ -47,13 +47,17 @@ class _Walk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layers:
-    """The layers of one stack: their stretches, what comes out, what they shared and what of it they keep."""
+    """The layers of one stack: their stretches, what comes out, what they shared and what of it they keep.
+
+    `beside_bytes`: the variables of their loop, which live to the end of the stack.
+    """
 
     stretches: tuple[Stretch, ...]
     out: Tensor
     given: Given
     kept: frozenset[Tensor]
     pinned: frozenset[Tensor]
+    beside_bytes: int
 
 
 def seq2seq_stack(
@@ -70,7 +74,7 @@ def seq2seq_stack(
     walk = _Walk(setup=setup, shape=shape, form=form, blank=blank, accumulates=accumulates)
     rows, start, x = _embedded(walk, tied=True)
     encoder = _layers(walk, form.encoder_runs, x, Given(), beside_bytes=_local_bytes(rows, x))
-    memory, end = _tail(walk, encoder.out, last=False)
+    memory, end = _tail(walk, encoder.out, encoder.beside_bytes, last=False)
     decoder_rows, decoder_start, y = _embedded(walk, tied=form.head_table_trained, memory=memory)
     masks_bytes = _masks_bytes(walk)
     beside_bytes = _local_bytes(decoder_rows, y) + (0 if walk.checkpointed else masks_bytes)
@@ -78,7 +82,7 @@ def seq2seq_stack(
     if walk.checkpointed:
         decoder_start = replace(decoder_start, kept_bytes=decoder_start.kept_bytes + masks_bytes)
     head = walk.operations()
-    hidden, tail = _tail(walk, decoder.out, last=True)
+    hidden, tail = _tail(walk, decoder.out, decoder.beside_bytes, last=True)
     loss = loss_memory(head, hidden, form, shape, training, accumulates=accumulates)
     if loss.input_kept:
         tail = replace(tail, kept_bytes=tail.kept_bytes + hidden.size_bytes)
@@ -163,12 +167,13 @@ def _layers(
     made = [t for t in lent.tensors() if t not in given.tensors() and t is not _leaf(walk, lent)]
     waiting = sum([t.size_bytes for t in made if t in kept])
     passing = sum([t.size_bytes for t in made if t not in kept])
-    stretches = [replace(found[0].stretch, beside_bytes=beside_bytes)]
+    inputs = 0 if walk.checkpointed else x.size_bytes  # a checkpoint counts them
+    stretches = [replace(found[0].stretch, beside_bytes=beside_bytes + inputs)]
     stretches[0] = _kept_beside(stretches[0], waiting, to_its_end=not walk.checkpointed)
     for stretch, alike in groupby([layer.stretch for layer in found[1:]]):
         count = len(list(alike))
-        stretches.append(replace(stretch, count=count, beside_bytes=beside_bytes + passing))
-    return _Layers(stretches=tuple(stretches), out=x, given=lent, kept=kept, pinned=pinned)
+        stretches.append(replace(stretch, count=count, beside_bytes=beside_bytes + inputs + passing))
+    return _Layers(stretches=tuple(stretches), out=x, given=lent, kept=kept, pinned=pinned, beside_bytes=beside_bytes + passing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +194,7 @@ def _layer(walk: _Walk, form: LayerForm, x: Tensor, given: Given, repeats: int, 
     tensors = shared.tensors()
     stretch = stretch_of(
         ops,
-        start,
+        start if walk.checkpointed else None,  # the norm gives its input up before it is through
         out,
         repeats=repeats,
         accumulates=walk.accumulates,
@@ -212,13 +217,14 @@ def _leaf(walk: _Walk, given: Given) -> Tensor | None:
     return given.zeros if walk.checkpointed else None
 
 
-def _tail(walk: _Walk, x: Tensor, *, last: bool) -> tuple[Tensor, Stretch]:
+def _tail(walk: _Walk, x: Tensor, beside_bytes: int, *, last: bool) -> tuple[Tensor, Stretch]:
     """Final norm and dropout, for the head also times a number; the norm's output is a variable to the end."""
     ops, start = walk.operations(), Tensor(x.numel, x.element, x.needs_grad)
     normed = t5_norm(ops, start, walk.form.outer_norms[-1 if last else 0])
     hidden = ops.dropout(normed, walk.shape.hidden_dropout)
     scaled = ops.scaled(hidden) if last and walk.shape.scaled_head_input else hidden
-    stretch = stretch_of(ops, start, scaled, accumulates=walk.accumulates)
+    stretch = stretch_of(ops, None, scaled, accumulates=walk.accumulates)
+    stretch = replace(stretch, beside_bytes=beside_bytes + start.size_bytes)
     if scaled is not hidden:
         stretch = replace(stretch, copied_bytes=hidden.size_bytes)
     return Tensor(scaled.numel, scaled.element, scaled.needs_grad), stretch
