@@ -66,7 +66,9 @@ class Operations(Tape):
         if not probability:
             return x
         mask = Tensor(x.numel, 1, False)
-        return self.op((x,), x.numel, x.element, (mask,), work_bytes=0 if x.needs_grad else mask.size_bytes)
+        out = self.op((x,), x.numel, x.element, (mask,))
+        self.nodes[-1].outputs = (out, mask)
+        return out
 
     def linear(self, x: Tensor, form: LinearForm) -> Tensor:
         """W x + b, with LoRA and the adapter that the method puts there.

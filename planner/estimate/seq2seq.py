@@ -73,11 +73,11 @@ def seq2seq_stack(
     assert shape is not None  # the caller asks for closed-form families only
     walk = _Walk(setup=setup, shape=shape, form=form, blank=blank, accumulates=accumulates)
     rows, start, x = _embedded(walk, tied=True)
-    encoder = _layers(walk, form.encoder_runs, x, Given(), beside_bytes=_local_bytes(rows, x))
+    encoder = _layers(walk, form.encoder_runs, x, Given(), beside_bytes=_local_bytes(walk, rows, x))
     memory, end = _tail(walk, encoder.out, encoder.beside_bytes, last=False)
     decoder_rows, decoder_start, y = _embedded(walk, tied=form.head_table_trained, memory=memory)
     masks_bytes = _masks_bytes(walk)
-    beside_bytes = _local_bytes(decoder_rows, y) + (0 if walk.checkpointed else masks_bytes)
+    beside_bytes = _local_bytes(walk, decoder_rows, y) + (0 if walk.checkpointed else masks_bytes)
     decoder = _layers(walk, form.runs, y, Given(memory=memory), beside_bytes=beside_bytes)
     if walk.checkpointed:
         decoder_start = replace(decoder_start, kept_bytes=decoder_start.kept_bytes + masks_bytes)
@@ -87,10 +87,9 @@ def seq2seq_stack(
     if loss.input_kept:
         tail = replace(tail, kept_bytes=tail.kept_bytes + hidden.size_bytes)
     plain = training.loop == "plain"
-    hooked = walk.checkpointed and not form.tables[0].trained
     empty = _leaf(walk, decoder.given)
-    later = [*([decoder_rows] if hooked else []), *([empty] if empty else [])]
-    leaves = [rows, *later] if hooked else later
+    later = [*([decoder_rows] if _hooked(walk) else []), *([empty] if empty else [])]
+    leaves = [rows, *later] if _hooked(walk) else later
     later_bytes = sum([leaf.size_bytes for leaf in leaves if leaf is not rows])
     pinned = plain or memory in decoder.pinned
     of_encoder = start, *encoder.stretches, _held(end, memory, pinned=pinned, kept=memory in decoder.kept)
@@ -135,9 +134,14 @@ def _embedded(
     return rows, stretch, x
 
 
-def _local_bytes(rows: Tensor, x: Tensor) -> int:
+def _hooked(walk: _Walk) -> bool:
+    """Whether the embeddings' output is a leaf of the graph: frozen, and checkpointing asks for its gradient."""
+    return walk.checkpointed and not walk.form.tables[0].trained
+
+
+def _local_bytes(walk: _Walk, rows: Tensor, x: Tensor) -> int:
     """The embeddings' output, a variable beside x while the layers run; a leaf is counted as one."""
-    return 0 if rows is x else rows.size_bytes
+    return 0 if rows is x or _hooked(walk) else rows.size_bytes
 
 
 def _layers(
@@ -164,11 +168,13 @@ def _layers(
     pinned = frozenset[Tensor]().union(*[layer.pinned for layer in walked.values()])
     if walk.checkpointed and x.needs_grad:  # every layer's inputs, but what the first one makes
         kept |= set(lent.tensors() if len(forms) > 1 else given.tensors())
-    made = [t for t in lent.tensors() if t not in given.tensors() and t is not _leaf(walk, lent)]
+    leaf = _leaf(walk, lent)
+    made = [t for t in lent.tensors() if t not in given.tensors() and t is not leaf]
     waiting = sum([t.size_bytes for t in made if t in kept])
     passing = sum([t.size_bytes for t in made if t not in kept])
     inputs = 0 if walk.checkpointed else x.size_bytes  # a checkpoint counts them
-    stretches = [replace(found[0].stretch, beside_bytes=beside_bytes + inputs)]
+    again = leaf.size_bytes if leaf else 0  # counted twice while it is made
+    stretches = [replace(found[0].stretch, beside_bytes=beside_bytes + inputs - again)]
     stretches[0] = _kept_beside(stretches[0], waiting, to_its_end=not walk.checkpointed)
     for stretch, alike in groupby([layer.stretch for layer in found[1:]]):
         count = len(list(alike))

@@ -206,8 +206,9 @@ class Tape:
         live = peak = 0
         for index, node in enumerate(nodes):
             stops = recomputed and index == last_kept
+            before = stops and all(tensor in node.inputs for tensor in node.kept)  # not made by the node
             for out in node.outputs:
-                if out.owner is out and not (stops and out not in node.kept):
+                if out.owner is out and not before:
                     live += out.size_bytes
                     if out not in keepers:
                         end = last_use[out]
