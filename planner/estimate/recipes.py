@@ -17,9 +17,10 @@ class Recipe:
     """Bytes of one element.
 
     `base` is a weight of the model, `wide` one that its class keeps in fp32 where it is loaded in fp16,
-    `adapter` a weight that a PEFT method adds, `compute` the type that matrix products run in. A gradient has its weight's type. `state` is one AdamW state; None: the
-    weight's own type, as torch.optim.AdamW makes it (torch/optim/adam.py, `_init_group`: zeros_like).
-    `quantization`: how linear layers are held, and `base` is what the rest is.
+    `adapter` a weight that a PEFT method adds, `compute` the type that matrix products run in. A gradient has
+    its weight's type. `state` is one AdamW state; None: the weight's own type, as torch.optim.AdamW makes it
+    (torch/optim/adam.py, `_init_group`: zeros_like). `quantization`: how linear layers are held, and `base`
+    is what the rest is.
     """
 
     base: int

@@ -135,7 +135,7 @@ def _embedded(
 
 
 def _hooked(walk: _Walk) -> bool:
-    """Whether the embeddings' output is a leaf of the graph: frozen, and checkpointing asks for its gradient."""
+    """Whether the embeddings' output is a leaf: frozen, and checkpointing asks for its gradient."""
     return walk.checkpointed and not walk.form.tables[0].trained
 
 
@@ -179,12 +179,19 @@ def _layers(
     for stretch, alike in groupby([layer.stretch for layer in found[1:]]):
         count = len(list(alike))
         stretches.append(replace(stretch, count=count, beside_bytes=beside_bytes + inputs + passing))
-    return _Layers(stretches=tuple(stretches), out=x, given=lent, kept=kept, pinned=pinned, beside_bytes=beside_bytes + passing)
+    return _Layers(
+        stretches=tuple(stretches),
+        out=x,
+        given=lent,
+        kept=kept,
+        pinned=pinned,
+        beside_bytes=beside_bytes + passing,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """One layer: its stretch without what is shared, its output, what it passes on and what of it it keeps."""
+    """One layer: its stretch without what is shared, its output, what it passes on and keeps of that."""
 
     stretch: Stretch
     out: Tensor
@@ -224,7 +231,7 @@ def _leaf(walk: _Walk, given: Given) -> Tensor | None:
 
 
 def _tail(walk: _Walk, x: Tensor, beside_bytes: int, *, last: bool) -> tuple[Tensor, Stretch]:
-    """Final norm and dropout, for the head also times a number; the norm's output is a variable to the end."""
+    """Final norm and dropout, for the head also times a number; what comes before that is a variable."""
     ops, start = walk.operations(), Tensor(x.numel, x.element, x.needs_grad)
     normed = t5_norm(ops, start, walk.form.outer_norms[-1 if last else 0])
     hidden = ops.dropout(normed, walk.shape.hidden_dropout)

@@ -18,7 +18,8 @@ from planner.estimate.tape import Tensor
 from planner.estimate.traits import TRAITS
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.model import Architecture
-from planner.spec import PeftConfig, PeftOfSize, Setup, Training
+from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
+from planner.targets import adapted_weights
 
 __all__ = ["has_formulas", "stack"]
 
@@ -32,7 +33,20 @@ def has_formulas(setup: Setup) -> bool:
         and not (shape.family == "falcon" and (shape.positions == "alibi" or not shape.parallel_residual))
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
+        and not (shape.encoder_layers and _changes_tables(setup))
     )
+
+
+def _changes_tables(setup: Setup) -> bool:
+    """Whether LoRA goes on an embedding, or a copy of more than norms is trained."""
+    method = setup.method
+    if isinstance(method, LoRA):
+        return any(t.kind == "embedding" for t in adapted_weights(setup.model, method.target_modules))
+    form = peft_form(setup.model, method) if isinstance(method, PeftConfig) else None
+    if form is None:
+        return False
+    adapted = any(change.weight.kind == "embedding" for change in form.changes)
+    return adapted or any(t.kind != "norm" for t in form.saved)
 
 
 def _has_form(setup: Setup, method: PeftConfig) -> bool:

@@ -82,8 +82,8 @@ def stretch_of(
 ) -> Stretch:
     """What the tape comes to, `repeats` times in the model.
 
-    `checkpointed`: only the input is kept, the rest is made again. `lent` are tensors of other stretches, which
-    count them; `carried` those whose gradients wait for this stretch's.
+    `checkpointed`: only the input is kept, the rest is made again. `lent` are tensors that other stretches
+    count; `carried` those whose gradients wait for this stretch's.
     """
     keepers = ops.keepers()
     keepers.pop(out.owner, None)  # the next stretch counts its input
@@ -114,7 +114,8 @@ def stretch_of(
         if again + asking > moment.total_bytes:
             moment = Moment(again, asking, 0)
     else:
-        kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start and owner not in lent], repeats)
+        own = [owner for owner in keepers if owner is not start and owner not in lent]
+        kept += _kept_bytes([owner.size_bytes for owner in own], repeats)
     return Stretch(
         count=1,
         kept_bytes=kept,

@@ -19,16 +19,17 @@ from planner.spec import Setup
 
 __all__ = ["Given", "t5_layer", "t5_norm"]
 
-# `_relative_position_bucket` [s, s]: five tensors of int64 at once, one more of an encoder's (its signs), and a
-# mask of bools.
+# `_relative_position_bucket` [s, s]: five tensors of int64 at once and one of bools; an encoder's signs too.
 _BUCKETS_BYTES = 5 * 8 + 1
 _SIGNS_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Given:
-    """What the layers of a stack share: `bias` [1, a, s, s], made by the first; a decoder's also the encoder's
-    output `memory` [T, h] and the empty bias `zeros` of its attention to it. None: not made yet, or never.
+    """What the layers of a stack share: `bias` [1, a, s, s], made by the first.
+
+    A decoder's also share the encoder's output `memory` [T, h] and the empty bias `zeros` of their attention
+    to it. None: not made yet, or never.
     """
 
     memory: Tensor | None = None
@@ -71,13 +72,19 @@ def t5_layer(
 def t5_norm(ops: Operations, x: Tensor, form: NormForm) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps): the mean from an fp32 copy of x, the product with x itself.
 
-    Keeps x, the copy, 1 / sqrt(...), and where w is trained the product in w's type. Backward of the mean: its
-    gradient spread over x, x^1, 2 x^1 and their product, fp32 (FunctionsManual.cpp, pow_backward).
+    Keeps x, the copy, 1 / sqrt(...), and where w is trained the product in w's type. Backward of the mean, in
+    fp32: its gradient spread over x, x^1, 2 x^1 and their product (FunctionsManual.cpp, pow_backward).
     """
     wide = block_bytes(4 * x.numel)
     single = ops.cast(x, 4)
     inverse = ops.op(
-        (single,), x.numel // form.width, 4, (single,), keeps_output=True, work_bytes=wide, scratch_bytes=3 * wide
+        (single,),
+        x.numel // form.width,
+        4,
+        (single,),
+        keeps_output=True,
+        work_bytes=wide,
+        scratch_bytes=3 * wide,
     )
     kept = (x, inverse) if x.needs_grad else ()
     scratch = wide * (1 if x.element == 4 else 2)
@@ -155,7 +162,7 @@ def _bias(ops: Operations, form: LayerForm, *, causal: bool) -> Tensor:
 
 
 def _zeros(ops: Operations, q: Tensor, shape: Architecture, *, trained: bool) -> Tensor:
-    """The bias of the attention to the encoder's output, which has none; checkpointing asks for its gradient."""
+    """The empty bias of the attention to the encoder's output; checkpointing asks for its gradient."""
     return ops.op((), shape.num_attention_heads * ops.seq_len**2, q.element, trained=trained)
 
 

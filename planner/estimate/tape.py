@@ -238,10 +238,11 @@ class Tape:
         Also the bytes of gradients when autograd first asks for something kept: where a checkpoint is
         recomputed.
 
-        Storages of `outside` (the stretch's input) and of `lent` (what other stretches count) are not counted.
-        Of `carried` a later stretch has made a gradient already, to which this one's are added. `accumulates`: weights have
-        gradients already, so that new ones live only until they are added. A new one counts as a
-        temporary until its node is done, but `head_bytes` of the output weight's as a gradient.
+        Storages of `outside` (the stretch's input) and `lent` (what other stretches count) are not counted.
+        Of `carried` a later stretch has made a gradient already, to which this one's are added.
+        `accumulates`: weights have gradients already, so that new ones live only until they are added. A
+        new one counts as a temporary until its node is done, but `head_bytes` of the output weight's as a
+        gradient.
         """
         users = dict(keepers)
         for tensor in (outside, *lent):
