@@ -69,7 +69,7 @@ t5-small* full 8x512
 t5-small* lora 4x512 eager
 t5-small* all-linear 8x256 bf16-mixed checkpointed
 t5-base* lora 8x512
-t5-base* full 4x512 checkpointed clipped
+t5-base* full 8x512 checkpointed adamw-fused
 flan* full 4x512
 flan* nf4 8x256
 flan* cross 8x256 fp16
@@ -81,7 +81,7 @@ t5-11b lora 1x512
 t5-11b full 1x128 sgd
 t5-small full 8x512 fp16 adamw-fused
 t5-small all-linear 8x256 fp16 eager checkpointed
-t5-small full 4x256 fp32 efficient
+t5-small full 4x256 fp32 efficient clipped
 t5-small full 8x256 x3 trainer
 t5-small lora 8x512 gpu=h200
 t5-small lora 8x512 cudnn gpu=h200
