@@ -91,6 +91,18 @@ def test_the_encoders_output_is_kept_once_for_all_layers_of_the_decoder() -> Non
     assert _kept_bytes(setups[0]) == _kept_bytes(setups[1])
 
 
+def test_the_gradient_of_the_encoders_output_waits_while_the_decoders_embeddings_run() -> None:
+    """Both tables' uses are alike but for that: [b s, h] in bf16."""
+    setup = Setup(model=T5, training=Training(micro_batch_size=4, seq_len=512))
+    stretches = stack(setup, accumulates=False).stretches
+    encoder, decoder = stretches[0], stretches[5]  # between them the first layer, four, the last, and the norm
+    assert [s.count for s in stretches[:6]] == [1, 1, 4, 1, 1, 1]
+    assert encoder.backward
+    assert decoder.backward
+    waiting = decoder.backward.temporaries_bytes - encoder.backward.temporaries_bytes
+    assert waiting == 4 * 512 * 512 * 2
+
+
 def test_biases_are_made_once_and_kept_by_every_layer_as_masks() -> None:
     """8 heads, 6 layers in each stack: what grows with the square of the sequence and not with the batch."""
     masks = {}
