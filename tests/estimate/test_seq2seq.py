@@ -95,7 +95,7 @@ def test_the_gradient_of_the_encoders_output_waits_while_the_decoders_embeddings
     """Both tables' uses are alike but for that: [b s, h] in bf16."""
     setup = Setup(model=T5, training=Training(micro_batch_size=4, seq_len=512))
     stretches = stack(setup, accumulates=False).stretches
-    encoder, decoder = stretches[0], stretches[5]  # between them the first layer, four, the last, and the norm
+    encoder, decoder = stretches[0], stretches[5]  # between them three stretches of layers, and the norm
     assert [s.count for s in stretches[:6]] == [1, 1, 4, 1, 1, 1]
     assert encoder.backward
     assert decoder.backward
