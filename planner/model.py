@@ -28,7 +28,8 @@ class WeightTensor:
     `kind` is the module that holds it: `linear` (torch.nn.Linear, weight `[out, in]`), `conv1d`
     (transformers' Conv1D, weight `[in, out]`), `embedding`, `norm`, or `parameter` for a bare
     `nn.Parameter` such as fused experts. A bias has the kind of its module.
-    `tied_to` names the tensor whose storage it shares; a tied tensor adds no parameters.
+    `tied_to` names the tensor whose storage it shares; a tied tensor adds no parameters. `wide`: transformers
+    keeps it in fp32 where the model is loaded in fp16 (`_keep_in_fp32_modules`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class WeightTensor:
     kind: Kind
     layers: tuple[int, ...] = ()
     tied_to: str | None = None
+    wide: bool = False
 
     @property
     def count(self) -> int:
@@ -124,6 +126,8 @@ class Architecture:
     shared_expert_intermediate_size: int = 0
     dense_layers: tuple[int, ...] = ()  # layers of a mixture of experts that have a plain MLP
     encoder_layers: int = 0  # encoder-decoder models: layers of the encoder (num_layers: decoder)
+    cross_attention: str = ""  # ... and the module in which the decoder attends to the encoder's output
+    scaled_head_input: bool = False  # what the head reads is multiplied by a number, T5
     sdpa: bool = True  # whether transformers' class takes attention from torch's fused kernels
     attention_output: str = "o_proj"  # suffix of the module whose output leaves attention
     mlp_output: str = "down_proj"  # ... and of the one whose output leaves the MLP

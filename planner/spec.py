@@ -141,7 +141,7 @@ class Setup:
         object.__setattr__(self, "gpu", gpu_named(gpu) if isinstance(gpu, str) else gpu)
         object.__setattr__(self, "sharding", sharding or Sharding())
         _check_method(self.model, self.method)
-        _check_training(self.model, self.training)
+        _check_training(self.model, self.method, self.training)
         check_loss(self.training.loss, self.model, self.method, shared=self.sharding.is_distributed)
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
@@ -327,13 +327,13 @@ def _check_adapter(model: Model, method: Adapter) -> None:
         raise SetupError(f"{model.id} has no module {model.architecture.mlp_output} to put an adapter after.")
 
 
-def _check_training(model: Model, training: Training) -> None:
+def _check_training(model: Model, method: Method, training: Training) -> None:
     if model.max_positions is not None and training.seq_len > model.max_positions:
         raise SetupError(
             f"seq_len {training.seq_len:,} is beyond the {model.max_positions:,} positions of {model.id}; "
             f"give at most {model.max_positions}."
         )
-    check_attention(model, training)
+    check_attention(model, training, trains_all=isinstance(method, FullFineTuning))
 
 
 def _json_value(name: str, value: Any) -> Any:

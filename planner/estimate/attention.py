@@ -22,7 +22,7 @@ from planner.estimate.traits import TRAITS
 from planner.model import Architecture
 from planner.spec import Setup, Training
 
-__all__ = ["AttentionPlan", "attention", "attention_plan"]
+__all__ = ["KERNELS", "AttentionPlan", "attention", "attention_plan"]
 
 Kernel = Literal["flash", "varlen", "efficient", "cudnn", "math", "eager"]
 _FLASH_HEAD_LIMIT = 256  # sdp_utils.cpp: check_head_dim_size_flash
@@ -152,7 +152,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
     elif plan.kernel == "eager":
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
-        out = _KERNELS[plan.kernel](ops, q, k, v, plan)
+        out = KERNELS[plan.kernel](ops, q, k, v, plan)
     if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "varlen", "cudnn"):
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     answer = ops.linear(out, form.attention_output)
@@ -216,8 +216,10 @@ def _cached(ops: Operations, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         ops.copied_bytes += held - tensor.size_bytes * ops.prefix // plan.keys
 
 
-def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
+def _flash(
+    ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None = None
+) -> Tensor:
+    """Takes no mask. Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
 
     Backward (flash_api.cpp, mha_bwd): row sums [b, a, s] and dQ [b, s, a, d] in fp32, s rounded to 128
     and d to 32; dK and dV for all heads where heads are grouped. For each of several packed
@@ -236,20 +238,26 @@ def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     return ops.op((q, k, v), q.numel, q.element, (q, k, v, log_sum), keeps_output=True, scratch_bytes=scratch)
 
 
-def _cudnn(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+def _cudnn(
+    ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None = None
+) -> Tensor:
     """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
 
     Backward (cudnn-frontend, CompositeSDPABackwardNode): sums [b, a, s] and dQ [b, a, s, d] in fp32, one
     block; what the engine asks for on top is not published.
     """
     kept: tuple[Tensor, ...] = (q, k, v, Tensor(plan.b * plan.a * plan.s, 4, False))
-    if plan.masked:
+    if mask is not None:
+        kept = (*kept, mask)
+    elif plan.masked:
         kept = (*kept, *mask_of_layer(ops, plan, q.element))
     scratch = block_bytes(4 * plan.b * plan.a * plan.s * (1 + plan.d))
     return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
 
-def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+def _efficient(
+    ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None = None
+) -> Tensor:
     """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s rounded to 32].
 
     Backward (attention_backward.cu, kernel_backward.h): delta [b, a, s] in fp32 and dQ's accumulators;
@@ -263,12 +271,17 @@ def _efficient(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: Attention
         scratch += q.size_bytes
     log_sum = Tensor(b * a * (-(-s // 32) * 32), 4, False)
     kept: tuple[Tensor, ...] = (q, k, v, log_sum)
-    if plan.masked:
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    if mask is not None:
+        kept = (*kept, mask)
+    elif plan.masked:
         kept = (*kept, *mask_of_layer(ops, plan, q.element))
-    return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
+    return ops.op(inputs, q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
 
 
-def _math(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+def _math(
+    ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None = None
+) -> Tensor:
     """_scaled_dot_product_attention_math: scores and their softmax [b, a, s, s] in fp32.
 
     16-bit q, k and v are converted first, k and v repeated for all heads (transformers/attention.cpp).
@@ -280,6 +293,8 @@ def _math(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
         k, v = (ops.op((t,), q.numel, t.element) for t in (k, v))
     query, key = ops.scaled(q), ops.scaled(k)
     scores = ops.op((query, key), n, 4, (query, key))
+    if mask is not None:
+        scores = ops.in_place(scores, mask)
     probabilities = ops.op((scores,), n, 4, keeps_output=True, scratch_bytes=block_bytes(n * 4))
     dropped = ops.dropout(probabilities, plan.dropout)
     out = ops.op((dropped, v), q.numel, 4, (dropped, v))
@@ -339,4 +354,4 @@ def _eager(
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
 
-_KERNELS = {"flash": _flash, "varlen": _flash, "cudnn": _cudnn, "efficient": _efficient, "math": _math}
+KERNELS = {"flash": _flash, "varlen": _flash, "cudnn": _cudnn, "efficient": _efficient, "math": _math}

@@ -14,7 +14,7 @@ from planner.estimate.tape import Tensor
 from planner.model import Architecture
 from planner.spec import Setup
 
-__all__ = ["embedded", "layer", "mlp", "prefix_of"]
+__all__ = ["embedded", "layer", "looked_up", "mlp", "prefix_of", "sorted_sums_bytes"]
 
 def embedded(
     ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool, prompts: int = 0
@@ -31,7 +31,7 @@ def embedded(
         if tokens is None:
             count -= prompts * (ops.tokens // ops.seq_len)
         tied = form.head_table_trained and not table.position and x is None
-        rows = _looked_up(ops, table, count, tied=tied)
+        rows = looked_up(ops, table, count, tied=tied)
         if tokens is None:
             tokens = rows
             rows.needs_grad = rows.needs_grad or inputs_need_grad
@@ -70,14 +70,14 @@ def prefix_of(ops: Operations, shape: Architecture) -> None:
     ops.copied_bytes += cached.size_bytes
 
 
-def _looked_up(ops: Operations, table: TableForm, tokens: int, *, tied: bool) -> Tensor:
+def looked_up(ops: Operations, table: TableForm, tokens: int, *, tied: bool) -> Tensor:
     """Rows of an embedding table. Keeps nothing; a trained table's gradient is dense, [rows, width].
 
-    `tied`: the head has made that gradient already, and this one lives until it is added.
+    `tied`: another use of the table has made that gradient already, and this one lives until it is added.
     """
     numel = tokens * table.width
     gradient = block_bytes(table.rows * table.width * ops.recipe.base) if table.trained else 0
-    sorting = _sorted_sums_bytes(tokens, table)
+    sorting = sorted_sums_bytes(tokens, table)
     rows = ops.op(
         (),
         numel,
@@ -89,7 +89,7 @@ def _looked_up(ops: Operations, table: TableForm, tokens: int, *, tied: bool) ->
     return ops.lora_rows(rows, table.rows, table.width, table.rank) if table.rank else rows
 
 
-def _sorted_sums_bytes(tokens: int, table: TableForm) -> int:
+def sorted_sums_bytes(tokens: int, table: TableForm) -> int:
     """What the gradient of a table takes for itself: EmbeddingBackwardKernel.cu, above 3,072 indices.
 
     Indices sorted, their origin and where a row begins; for each row that may be hit, and every 10 indices

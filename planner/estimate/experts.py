@@ -133,7 +133,7 @@ def _with_bias(ops: Operations, form: LayerForm, x: Tensor, width: int) -> tuple
     gradient = block_bytes(form.experts[0][0] * width * bias) if form.experts_trained else 0
     places = 4 * block_bytes(_INDEX_BYTES * numbers) if gradient else 0
     biases = ops.op((), x.numel, bias, weight_bytes=gradient, scratch_bytes=places)
-    return ops.added_in_place(x, biases), biases
+    return ops.in_place(x, biases), biases
 
 
 def _gated(ops: Operations, both: Tensor, shape: Architecture) -> Tensor:

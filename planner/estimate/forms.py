@@ -14,6 +14,7 @@ from planner.catalog.outputs import OUTPUTS, takes_adapter
 from planner.estimate.parameters import trained_tensors
 from planner.estimate.peft_form import Change, peft_form
 from planner.estimate.quantized import quantized_tensors
+from planner.estimate.recipes import recipe_of
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
 from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
@@ -27,7 +28,8 @@ class LinearForm:
     """A linear layer and what the method does to it. `rank` 0: no LoRA; `bottleneck` 0: no adapter.
 
     `transposed`: the weight is [inputs, outputs], as in transformers' Conv1D.
-    `scaled`: IA3 multiplies its "inputs" or "outputs".
+    `scaled`: IA3 multiplies its "inputs" or "outputs". `element` is the bytes of a number of its weight, None
+    for the recipe's own.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LinearForm:
     scaled: Literal["", "inputs", "outputs"] = ""
     bottleneck: int = 0
     quantized: bool = False
+    element: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +74,8 @@ class LayerForm:
 
     `norms` are the layer's own, `head_norms` those of queries and keys. `experts` are the shapes of
     fused expert weights, `experts_biased` where they have biases; `bottleneck` is an adapter behind the
-    whole MLP block. `sinks`: heads with a learned sink.
+    whole MLP block. `sinks`: heads with a learned sink. A decoder behind an encoder has `cross_inputs` and
+    `cross_output`; `position_table` [buckets, heads] is in the first layer alone.
     """
 
     attention_inputs: tuple[LinearForm, ...]
@@ -90,13 +94,17 @@ class LayerForm:
     rotary: bool = True
     sinks: int = 0
     sinks_trained: bool = False
+    cross_inputs: tuple[LinearForm, ...] = ()
+    cross_output: LinearForm | None = None
+    position_table: TableForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelForm:
     """`runs`: consecutive equal layers with their number, first layer first; the rest by position.
 
-    Equal forms are the same object.
+    `encoder_runs` are those of an encoder, where there is one beside the decoder. Equal forms are the same
+    object.
     """
 
     runs: tuple[tuple[LayerForm, int], ...]
@@ -105,6 +113,7 @@ class ModelForm:
     outer_linears: tuple[LinearForm, ...]
     head: LinearForm
     head_table_trained: bool = False  # the head's weight is the embedding's
+    encoder_runs: tuple[tuple[LayerForm, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -121,6 +130,7 @@ class _Marks:
     biased: set[str] = field(default_factory=set)
     quantized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     merged: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = field(default_factory=dict)
+    wide_bytes: int | None = None
 
     def is_trained(self, name: str, layer: int | None) -> bool:
         return _covers(self.trained.get(name), layer)
@@ -156,9 +166,10 @@ def _covers(layers: tuple[int, ...] | None, layer: int | None) -> bool:
 def model_form(setup: Setup) -> ModelForm:
     """The forms of all layers and of what surrounds them; cached with the model for each method."""
     cache = setup.model.__dict__.setdefault("_forms", {})
-    form = cache.get(setup.method)
+    key = setup.method, recipe_of(setup).wide
+    form = cache.get(key)
     if form is None:
-        form = cache[setup.method] = _model_form(setup)
+        form = cache[key] = _model_form(setup)
     return form  # type: ignore[no-any-return]
 
 
@@ -168,19 +179,13 @@ def _model_form(setup: Setup) -> ModelForm:
     marks = _marks(setup, shape)
     inner = [t for t in model.tensors if "*" in t.name]
     outer = [t for t in model.tensors if "*" not in t.name]
-    runs: list[tuple[LayerForm, int]] = []
-    kinds: dict[LayerForm, LayerForm] = {}
-    for layer in range(shape.num_layers):
-        form = _layer_form(inner, layer, shape, marks)
-        form = kinds.setdefault(form, form)
-        if runs and runs[-1][0] == form:
-            runs[-1] = (form, runs[-1][1] + 1)
-        else:
-            runs.append((form, 1))
+    encoder = [t for t in inner if t.name.startswith("encoder.")] if shape.encoder_layers else []
+    decoder = [t for t in inner if t not in encoder] if encoder else inner
     plain = NormForm(width=shape.hidden_size)  # a norm without weights
     head = [t for t in outer if t.role == "head" and t.kind == "linear" and t.leaf == "weight"]
     return ModelForm(
-        runs=tuple(runs),
+        runs=_runs(decoder, shape.num_layers, shape, marks),
+        encoder_runs=_runs(encoder, shape.encoder_layers, shape, marks) if encoder else (),
         tables=tuple(_table(t, marks) for t in outer if t.kind == "embedding" and not t.tied_to),
         outer_norms=_norms([t for t in outer if t.kind == "norm"], None, marks) or (plain,),
         outer_linears=tuple(
@@ -194,12 +199,28 @@ def _model_form(setup: Setup) -> ModelForm:
     )
 
 
+def _runs(
+    tensors: list[WeightTensor], layers: int, shape: Architecture, marks: _Marks
+) -> tuple[tuple[LayerForm, int], ...]:
+    runs: list[tuple[LayerForm, int]] = []
+    kinds: dict[LayerForm, LayerForm] = {}
+    for layer in range(layers):
+        form = _layer_form(tensors, layer, shape, marks)
+        form = kinds.setdefault(form, form)
+        if runs and runs[-1][0] == form:
+            runs[-1] = (form, runs[-1][1] + 1)
+        else:
+            runs.append((form, 1))
+    return tuple(runs)
+
+
 def _marks(setup: Setup, shape: Architecture) -> _Marks:
     model, method = setup.model, setup.method
     marks = _Marks(
         trained={t.name: t.layers for t in trained_tensors(setup) if not t.added},
         biased={t.module for t in model.tensors if t.leaf == "bias"},
         hidden_size=shape.hidden_size,
+        wide_bytes=recipe_of(setup).wide,
     )
     changes: Iterable[Change] = ()
     if isinstance(method, PeftConfig):
@@ -229,7 +250,8 @@ def _marks(setup: Setup, shape: Architecture) -> _Marks:
 def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, marks: _Marks) -> LayerForm:
     present = [t for t in tensors if layer in t.layers]
     linears = [t for t in present if t.kind in ("linear", "conv1d") and t.leaf == "weight"]
-    attention = [t for t in linears if t.role == "attention"]
+    cross = [t for t in linears if shape.cross_attention and f".{shape.cross_attention}." in t.module]
+    attention = [t for t in linears if t.role == "attention" and t not in cross]
     mlp = [t for t in linears if t.role == "mlp"]
     output = _ending(attention, shape.attention_output)
     down = _ending(mlp, shape.mlp_output) or (mlp[-1] if mlp else None)
@@ -260,6 +282,9 @@ def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, ma
         rotary=not skips or (layer + 1) % skips != 0,
         sinks=sum(t.numel for t in sinks),
         sinks_trained=any(marks.is_trained(t.name, layer) for t in sinks),
+        cross_inputs=tuple(_linear(t, layer, marks) for t in cross[:-1]),
+        cross_output=_linear(cross[-1], layer, marks) if cross else None,
+        position_table=next((_table(t, marks, layer) for t in present if t.kind == "embedding"), None),
     )
 
 
@@ -292,6 +317,7 @@ def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearFor
         scaled=change.scaled,
         bottleneck=marks.bottleneck_behind(tensor.module),
         quantized=marks.is_quantized(tensor.name, layer),
+        element=marks.wide_bytes if tensor.wide else None,
     )
 
 
@@ -310,12 +336,12 @@ def _router(tensors: list[WeightTensor], layer: int, marks: _Marks) -> LinearFor
     )
 
 
-def _table(tensor: WeightTensor, marks: _Marks) -> TableForm:
+def _table(tensor: WeightTensor, marks: _Marks, layer: int | None = None) -> TableForm:
     return TableForm(
         rows=tensor.in_features,
         width=tensor.out_features,
-        trained=marks.is_trained(tensor.name, None),
-        rank=marks.change_of(tensor, None).rank,
+        trained=marks.is_trained(tensor.name, layer),
+        rank=marks.change_of(tensor, layer).rank,
         position=tensor.role == "position",
     )
 

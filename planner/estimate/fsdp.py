@@ -19,7 +19,8 @@ from planner.estimate.recipes import RECIPES, recipe_of
 from planner.estimate.resident import resident
 from planner.estimate.rounding import block_bytes, packed_bytes
 from planner.estimate.shards import Piece, Units, chunk_numel, units
-from planner.estimate.stack import Stack, has_formulas, stack
+from planner.estimate.stack import has_formulas, stack
+from planner.estimate.stretches import Stack
 from planner.estimate.workspace import workspace_bytes
 from planner.report import MemoryReport
 from planner.spec import Setup

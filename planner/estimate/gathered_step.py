@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from planner.estimate.alive import Alive
 from planner.estimate.gathering import UnitMemory
-from planner.estimate.stack import Stack, Stretch, stack
+from planner.estimate.stack import stack
+from planner.estimate.stretches import Stack, Stretch
 from planner.estimate.tape import Moment
 from planner.spec import Setup
 

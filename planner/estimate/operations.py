@@ -20,18 +20,29 @@ class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
     __slots__ = (
-        *("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "stray_bytes", "tokens", "traits"),
+        *("copied_bytes", "fp16", "handed_out", "prefix", "recipe", "seq_len", "stray_bytes", "tokens"),
+        "traits",
     )
 
     def __init__(
-        self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits, *, prefix: int = 0
+        self,
+        tokens: int,
+        seq_len: int,
+        recipe: Recipe,
+        traits: Traits,
+        *,
+        prefix: int = 0,
+        fp16: bool = False,
     ) -> None:
-        """`traits` are the family's; `prefix` is the number of trained keys before a sample's."""
+        """`traits` are the family's; `prefix` is the number of trained keys before a sample's. `fp16`: 16-bit
+        numbers are of that type.
+        """
         super().__init__()
         self.copied_bytes = 0  # held to the end of the forward pass: what autocast or a cache keeps
         self.stray_bytes = 0  # gradients that no parameter of the model holds, but the graph
         self.handed_out: list[Tensor] = []  # answers of attention that a layer's variable holds to its end
         self.prefix = prefix
+        self.fp16 = fp16
         self.tokens = tokens
         self.seq_len = seq_len
         self.recipe = recipe
@@ -59,7 +70,9 @@ class Operations(Tape):
         if not probability:
             return x
         mask = Tensor(x.numel, 1, False)
-        return self.op((x,), x.numel, x.element, (mask,), work_bytes=0 if x.needs_grad else mask.size_bytes)
+        out = self.op((x,), x.numel, x.element, (mask,))
+        self.nodes[-1].outputs = (out, mask)
+        return out
 
     def linear(self, x: Tensor, form: LinearForm) -> Tensor:
         """W x + b, with LoRA and the adapter that the method puts there.
@@ -80,7 +93,7 @@ class Operations(Tape):
         return out
 
     def _product_with_weight(self, x: Tensor, form: LinearForm) -> Tensor:
-        base = self.recipe.base
+        base = form.element or self.recipe.base
         gradients = block_bytes(form.inputs * form.outputs * base) if form.weight_trained else 0
         biases = block_bytes(form.outputs * base) if form.bias_trained else 0
         if not (form.bias and self.traits.bias_added_apart):

@@ -50,18 +50,18 @@ def trained_tensors(setup: Setup) -> tuple[TrainedTensor, ...]:
         return (TrainedTensor(name="peft", shape=shape, element_bytes=recipe.adapter, added=True),)
     if isinstance(method, FullFineTuning):
         base = [t for t in setup.model.tensors if not t.tied_to]
-        return tuple(of_the_base(base, recipe.base))
+        return tuple(of_the_base(base, recipe))
     if isinstance(method, BitFit):
-        return tuple(of_the_base(bias_tensors(setup.model), recipe.base))
+        return tuple(of_the_base(bias_tensors(setup.model), recipe))
     if isinstance(method, LoRA):
-        return tuple(_lora(setup.model, method, recipe.base, recipe.adapter))
+        return tuple(_lora(setup.model, method, recipe))
     if isinstance(method, PeftConfig):
         form = peft_form(setup.model, method)
         return tuple(_of_peft(setup.model, form, recipe)) if form else ()
     return tuple(_bottlenecks(setup.model, method, recipe.adapter))
 
 
-def _lora(model: Model, method: LoRA, base_bytes: int, adapter_bytes: int) -> Iterator[TrainedTensor]:
+def _lora(model: Model, method: LoRA, recipe: Recipe) -> Iterator[TrainedTensor]:
     """A is [r, in], B is [out, r]: r (in + out) for each adapted weight (Hu et al. 2021, section 4.1)."""
     targets = lora_targets(model, method.target_modules)
     for target in targets:
@@ -72,12 +72,12 @@ def _lora(model: Model, method: LoRA, base_bytes: int, adapter_bytes: int) -> It
             yield TrainedTensor(
                 name=f"{place}.{kind}_{leaf}",
                 shape=shape,
-                element_bytes=adapter_bytes,
+                element_bytes=recipe.adapter,
                 added=True,
                 layers=weight.layers,
             )
     weights = [target.weight for target in targets]
-    yield from of_the_base(_lora_biases(model, method.lora_bias, weights), base_bytes)
+    yield from of_the_base(_lora_biases(model, method.lora_bias, weights), recipe)
 
 
 def _lora_biases(model: Model, bias: str, weights: Iterable[WeightTensor]) -> list[WeightTensor]:
@@ -128,10 +128,10 @@ def _of_peft(model: Model, form: PeftForm, recipe: Recipe) -> Iterator[TrainedTe
         name = f"{weight_.module}.{leaf}" if weight_ else f"prompt_encoder.{leaf}"
         layers = weight_.layers if weight_ else ()
         yield TrainedTensor(name=name, shape=size, element_bytes=recipe.adapter, added=True, layers=layers)
-    for copied in of_the_base(form.saved, recipe.base):
+    for copied in of_the_base(form.saved, recipe):
         yield replace(copied, added=True)
     adapted = [change.weight for change in form.changes]
-    yield from of_the_base(_lora_biases(model, form.bias, adapted), recipe.base)
+    yield from of_the_base(_lora_biases(model, form.bias, adapted), recipe)
 
 
 def adapter_counts(model: Model, method: Adapter) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from planner.estimate.rank_report import one_gpu
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
-from planner.estimate.stack import Stack, has_formulas, stack
+from planner.estimate.stack import has_formulas, stack
+from planner.estimate.stretches import Stack
 from planner.estimate.workspace import Workspaces, workspaces
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, Parts, Phase
@@ -140,7 +141,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int)
     for number, stretch in enumerate(layers.stretches):
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes
         waiting += left_bytes * (stretch.count - 1)
-        held_bytes = stretch.input_bytes + stretch.passed_bytes
+        held_bytes = stretch.input_bytes + stretch.passed_bytes + stretch.beside_bytes
         if number == stretch.count == 1 and layers.embedded_is_input:
             held_bytes -= layers.embedded_bytes  # waiting already
         activations = waiting + held_bytes + stretch.forward_peak_bytes
@@ -197,8 +198,8 @@ def _backward(layers: Stack, gradients: int, workspace: int, before_products: in
     made = gradients + layers.loss.waiting_bytes if gradients else layers.loss.weight_bytes
     for stretch in reversed(layers.stretches):
         moment = stretch.backward
-        if moment is None:
-            break
+        if moment is None:  # nothing in it or before it is trained; an encoder before it may be
+            continue
         left_bytes = stretch.stray_bytes if gradients else stretch.weight_bytes
         for index in {stretch.count - 1, 0}:
             later = stretch.count - 1 - index

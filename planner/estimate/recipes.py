@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from planner.methods import Quantization
+from planner.model import WeightTensor
 from planner.spec import Precision, QLoRA, Setup
 
 __all__ = ["RECIPES", "Recipe", "recipe_of"]
@@ -15,10 +16,11 @@ __all__ = ["RECIPES", "Recipe", "recipe_of"]
 class Recipe:
     """Bytes of one element.
 
-    `base` is a weight of the model, `adapter` a weight that a PEFT method adds, `compute` the type that
-    matrix products run in. A gradient has its weight's type. `state` is one AdamW state; None: the
-    weight's own type, as torch.optim.AdamW makes it (torch/optim/adam.py, `_init_group`: zeros_like).
-    `quantization`: how linear layers are held, and `base` is what the rest is.
+    `base` is a weight of the model, `wide` one that its class keeps in fp32 where it is loaded in fp16,
+    `adapter` a weight that a PEFT method adds, `compute` the type that matrix products run in. A gradient has
+    its weight's type. `state` is one AdamW state; None: the weight's own type, as torch.optim.AdamW makes it
+    (torch/optim/adam.py, `_init_group`: zeros_like). `quantization`: how linear layers are held, and `base`
+    is what the rest is.
     """
 
     base: int
@@ -27,6 +29,11 @@ class Recipe:
     state: int | None = None
     autocast: bool = False
     quantization: Quantization | None = None
+    wide: int | None = None  # None: as the others
+
+    def weight_bytes(self, tensor: WeightTensor) -> int:
+        """Bytes of one element of a weight of the model."""
+        return self.wide if self.wide is not None and tensor.wide else self.base
 
 
 # peft keeps adapters in fp32 over a 16-bit base: peft/tuners/tuners_utils.py, cast_adapter_dtype.
@@ -35,7 +42,7 @@ class Recipe:
 RECIPES: dict[Precision, Recipe] = {
     "fp32": Recipe(base=4, adapter=4, compute=4),
     "bf16": Recipe(base=2, adapter=4, compute=2),
-    "fp16": Recipe(base=2, adapter=4, compute=2),
+    "fp16": Recipe(base=2, adapter=4, compute=2, wide=4),
     "bf16-mixed": Recipe(base=4, adapter=4, compute=2, autocast=True),
     "fp16-mixed": Recipe(base=4, adapter=4, compute=2, autocast=True),
     "textbook": Recipe(base=2, adapter=2, compute=2, state=4),

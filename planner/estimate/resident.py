@@ -55,7 +55,7 @@ def _resident(setup: Setup) -> Resident:
         kept = tensor_sizes(setup.model, setup.method)
         weights = [(size, layers) for sizes, layers in kept for size in sizes]
     else:
-        weights = [(t.numel * recipe.base, t.layers) for t in setup.model.tensors if not t.tied_to]
+        weights = [(t.numel * recipe.weight_bytes(t), t.layers) for t in setup.model.tensors if not t.tied_to]
     gradients = _in_order([(t.numel * t.element_bytes, t.layers) for t in trained])
     optimizer = optimizer_memory(setup, trained, recipe.state)
     return Resident(

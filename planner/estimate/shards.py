@@ -105,8 +105,8 @@ def _pieces(setup: Setup) -> tuple[Piece, ...]:
             found.append(
                 Piece(
                     shape=tensor.shape,
-                    element_bytes=held.base,
-                    gathered_element_bytes=used.base,
+                    element_bytes=held.weight_bytes(tensor),
+                    gathered_element_bytes=used.weight_bytes(tensor),
                     trained=whole or (tensor.name, layer) in chosen,
                     added=False,
                     layer=layer,

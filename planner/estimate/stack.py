@@ -3,94 +3,29 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from planner.batching import has_masks, row_shape, takes_lengths
 from planner.estimate.attention import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.fused_loss import fused_loss_memory
-from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
+from planner.estimate.loss import chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.masks import shares_mask
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
-from planner.estimate.resident import block_bytes, packed_bytes
-from planner.estimate.tape import Moment, Tensor
+from planner.estimate.resident import block_bytes
+from planner.estimate.seq2seq import seq2seq_stack
+from planner.estimate.stretches import Stack, Stretch, stretch_of
+from planner.estimate.tape import Tensor
 from planner.estimate.traits import TRAITS
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.model import Architecture
-from planner.spec import PeftConfig, PeftOfSize, Setup, Training
-from planner.units import MIB
+from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
+from planner.targets import adapted_weights
 
-__all__ = ["Stack", "Stretch", "has_formulas", "stack"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stretch:
-    """`count` equal layers; bytes of one of them.
-
-    `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
-    moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
-    gradients it leaves. `passed_bytes`: its input where it is not kept, which the caller's variable holds as
-    long as it runs forward. `copied_bytes` are copies of weights that autocast holds through the forward pass
-    though a checkpoint drops them. `pinned_bytes` stay to the end of the step, `stray_bytes` of the gradients
-    as long as the graph.
-    """
-
-    count: int
-    kept_bytes: int
-    input_bytes: int
-    forward_peak_bytes: int
-    backward: Moment | None
-    weight_bytes: int
-    passed_bytes: int = 0
-    copied_bytes: int = 0
-    pinned_bytes: int = 0
-    stray_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stack:
-    """Stretches in the order of the forward pass, then head and loss.
-
-    `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions; `masks_bytes`
-    attention masks, which the forward pass holds, and past it checkpoints or kernels where `masks_kept`;
-    `hidden_bytes` the head's input. `embedded_bytes`: embeddings that only a variable of the model holds
-    (`inputs_embeds`), while its layers run; `embedded_is_input`: they are the first layer's input.
-    `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds both
-    to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss and
-    with it the graph to the end of the step.
-    """
-
-    stretches: tuple[Stretch, ...]
-    loss: LossMemory
-    inputs_bytes: int
-    tables_bytes: int
-    masks_bytes: int
-    masks_kept: bool
-    hidden_bytes: int
-    embedded_bytes: int
-    leaf_bytes: int
-    leaf_is_input: bool
-    embedded_is_input: bool
-    keeps_graph: bool
-
-    @property
-    def pinned_bytes(self) -> int:
-        """What nodes of the graph hold to its end."""
-        return sum([stretch.pinned_bytes * stretch.count for stretch in self.stretches])
-
-    @property
-    def stray_bytes(self) -> int:
-        """Gradients that go with the graph alone."""
-        return sum([stretch.stray_bytes * stretch.count for stretch in self.stretches])
-
-    @property
-    def left_bytes(self) -> int:
-        """What the loop still holds in the optimizer step, logits apart."""
-        graph = 2 * self.leaf_bytes + self.pinned_bytes + self.stray_bytes
-        return self.inputs_bytes + (graph if self.keeps_graph else 0)
+__all__ = ["has_formulas", "stack"]
 
 
 def has_formulas(setup: Setup) -> bool:
@@ -101,7 +36,20 @@ def has_formulas(setup: Setup) -> bool:
         and shape.family in TRAITS
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
+        and not (shape.encoder_layers and _changes_tables(setup))
     )
+
+
+def _changes_tables(setup: Setup) -> bool:
+    """Whether LoRA goes on an embedding, or a copy of more than norms is trained."""
+    method = setup.method
+    if isinstance(method, LoRA):
+        return any(t.kind == "embedding" for t in adapted_weights(setup.model, method.target_modules))
+    form = peft_form(setup.model, method) if isinstance(method, PeftConfig) else None
+    if form is None:
+        return False
+    adapted = any(change.weight.kind == "embedding" for change in form.changes)
+    return adapted or any(t.kind != "norm" for t in form.saved)
 
 
 def _has_form(setup: Setup, method: PeftConfig) -> bool:
@@ -132,6 +80,9 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     assert shape is not None  # the caller asks for closed-form families only
     form = model_form(setup)
     inputs_bytes = _inputs_bytes(setup.training)
+    if shape.encoder_layers:
+        blank = _operations(setup, shape)
+        return seq2seq_stack(setup, form, blank, inputs_bytes=inputs_bytes, accumulates=accumulates)
     prompts = _virtual_tokens(setup, "prompt_tuning")
     if prompts:
         setup = _lengthened(setup, prompts)
@@ -147,7 +98,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     # `inputs_embeds` in the model's forward: the tokens' own, or what is made of them at once
     named = shape.embedding_scale or TRAITS[shape.family].masked_head
     variable, kept = (x if named else rows), rows in ops.keepers()
-    stretches = [_stretch(ops, None, x, accumulates=accumulates)]
+    stretches = [stretch_of(ops, None, x, accumulates=accumulates)]
     walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
     for layer_form, count in form.runs:
         left = count
@@ -172,7 +123,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         loss = fused_loss_memory(head, hidden, form, setup)
     else:
         loss = memory(head, _input(hidden), form, shape, training, accumulates=accumulates)
-    stretches.append(_stretch(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
+    stretches.append(stretch_of(ops, start, hidden, accumulates=accumulates, keeps_output=loss.input_kept))
     return Stack(
         stretches=tuple(stretches),
         loss=loss,
@@ -193,7 +144,14 @@ def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
     rows, length = row_shape(training)
     prefix = _virtual_tokens(setup, "prefix_tuning")
-    return Operations(rows * length, length, recipe_of(setup), TRAITS[shape.family], prefix=prefix)
+    return Operations(
+        rows * length,
+        length,
+        recipe_of(setup),
+        TRAITS[shape.family],
+        prefix=prefix,
+        fp16=training.precision.startswith("fp16"),
+    )
 
 
 def _input(x: Tensor) -> Tensor:
@@ -258,7 +216,7 @@ def _layer(
     """One layer and its output."""
     ops, start = _operations(setup, shape), _input(x)
     out = layer(ops, start, shape, form, setup)
-    stretch = _stretch(
+    stretch = stretch_of(
         ops,
         start,
         out,
@@ -269,69 +227,3 @@ def _layer(
     return out, stretch
 
 
-def _stretch(
-    ops: Operations,
-    start: Tensor | None,
-    out: Tensor,
-    *,
-    accumulates: bool,
-    repeats: int = 1,
-    checkpointed: bool = False,
-    keeps_output: bool = False,
-) -> Stretch:
-    """What the tape comes to, `repeats` times in the model.
-
-    `checkpointed`: only the input is kept, the rest is made again.
-    """
-    keepers = ops.keepers()
-    keepers.pop(out.owner, None)  # the next stretch counts its input
-    pinned = ops.pinned()
-    held = {**keepers, **dict.fromkeys(pinned, 1)} if pinned else keepers
-    forward_peak = ops.forward_peak_bytes(dict.fromkeys(pinned, 1) if checkpointed else held)
-    if not out.needs_grad:
-        return Stretch(
-            count=1,
-            kept_bytes=0,
-            input_bytes=0,
-            forward_peak_bytes=forward_peak,
-            backward=None,
-            weight_bytes=0,
-            passed_bytes=start.size_bytes if start is not None else 0,
-        )
-    if not checkpointed:
-        for owner in pinned:
-            keepers.pop(owner, None)
-    input_bytes = 0
-    if start is not None and (checkpointed or start in keepers) and start not in pinned:
-        input_bytes = start.size_bytes
-    kept = input_bytes + (out.size_bytes if keeps_output else 0)
-    moment, asking = ops.backward_moment(keepers, start, out, accumulates=accumulates)
-    if checkpointed:
-        again = ops.forward_peak_bytes(held, recomputed=True)
-        if again + asking > moment.total_bytes:
-            moment = Moment(again, asking, 0)
-    else:
-        kept += _kept_bytes([owner.size_bytes for owner in keepers if owner is not start], repeats)
-    return Stretch(
-        count=1,
-        kept_bytes=kept,
-        input_bytes=input_bytes,
-        forward_peak_bytes=forward_peak,
-        backward=moment,
-        weight_bytes=sum([node.weight_bytes for node in ops.nodes]),
-        passed_bytes=start.size_bytes if start is not None and not input_bytes else 0,
-        copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
-        pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
-        stray_bytes=ops.stray_bytes,
-    )
-
-
-def _kept_bytes(sizes: list[int], repeats: int) -> int:
-    """What the tensors that one layer keeps count for, averaged over a few layers packed in segments."""
-    if repeats == 1 or not any(MIB < size < 10 * MIB for size in sizes):
-        return sum(sizes)
-    layers = min(repeats, _PACKED_LAYERS)
-    return packed_bytes(sizes * layers) // layers
-
-
-_PACKED_LAYERS = 4  # after so many the pattern repeats: a segment of 20 MiB holds 2 to 19 of them

@@ -8,7 +8,7 @@ of each kind is walked, whatever the batch, the sequence and the number of layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from planner.estimate.resident import block_bytes
 
@@ -166,8 +166,8 @@ class Tape:
         self.nodes.append(Node((x,), outs))
         return outs
 
-    def added_in_place(self, x: Tensor, y: Tensor) -> Tensor:
-        """x += y, of the same size: no new storage, and both gradients are the output's."""
+    def in_place(self, x: Tensor, y: Tensor) -> Tensor:
+        """x += y: the sum is in x's storage, and both gradients are the sum's."""
         out = Tensor(x.numel, x.element, x.needs_grad or y.needs_grad, x.owner)
         self.nodes.append(Node((x, y), (out,), aliases=True))
         return out
@@ -213,8 +213,9 @@ class Tape:
         live = peak = 0
         for index, node in enumerate(nodes):
             stops = recomputed and index == last_kept
+            before = stops and all(tensor in node.inputs for tensor in node.kept)  # not made by the node
             for out in node.outputs:
-                if out.owner is out and not (stops and out not in node.kept):
+                if out.owner is out and not before:
                     live += out.size_bytes
                     if out not in keepers:
                         end = last_use[out]
@@ -236,23 +237,27 @@ class Tape:
         *,
         accumulates: bool,
         head_bytes: int = 0,
+        lent: Collection[Tensor] = (),
+        carried: Collection[Tensor] = (),
     ) -> tuple[Moment, int]:
         """The moment of most memory while gradients flow from `out` to the stretch's inputs.
 
         Also the bytes of gradients when autograd first asks for something kept: where a checkpoint is
         recomputed.
 
-        Storages of `outside` (the stretch's input) are not counted. `accumulates`: weights have
-        gradients already, so that new ones live only until they are added. A new one counts as a
-        temporary until its node is done, but `head_bytes` of the output weight's as a gradient.
-        `multiplied` is left behind: the same moment since the first product, for which a thread takes its
-        workspace.
+        Storages of `outside` (the stretch's input) and `lent` (what other stretches count) are not counted.
+        Of `carried` a later stretch has made a gradient already, to which this one's are added.
+        `accumulates`: weights have gradients already, so that new ones live only until they are added. A
+        new one counts as a temporary until its node is done, but `head_bytes` of the output weight's as a
+        gradient. `multiplied` is left behind: the same moment since the first product, for which a
+        thread takes its workspace.
         """
         users = dict(keepers)
-        users.pop(outside, None)  # type: ignore[arg-type]
+        for tensor in (outside, *lent):
+            users.pop(tensor, None)  # type: ignore[arg-type]
         kept = sum([owner.size_bytes for owner in users])
-        gradients: dict[Tensor, _Gradient] = {out: _Gradient(out.size_bytes)}
-        live, weights = out.size_bytes, 0
+        gradients = {tensor: _Gradient(tensor.size_bytes) for tensor in (out, *carried)}
+        live, weights = sum([gradient.size_bytes for gradient in gradients.values()]), 0
         best = Moment(kept, live, weights)
         best_total = best.total_bytes
         at_first_kept = 0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from planner.estimate.recipes import Recipe
 from planner.model import WeightTensor
 
 __all__ = ["TrainedTensor", "of_the_base"]
@@ -36,9 +37,9 @@ class TrainedTensor:
         return len(self.layers) or 1
 
 
-def of_the_base(tensors: Iterable[WeightTensor], element_bytes: int) -> Iterator[TrainedTensor]:
+def of_the_base(tensors: Iterable[WeightTensor], recipe: Recipe) -> Iterator[TrainedTensor]:
     """The model's own tensors, trained as they are."""
     for t in tensors:
         yield TrainedTensor(
-            name=t.name, shape=t.shape, element_bytes=element_bytes, added=False, layers=t.layers
+            name=t.name, shape=t.shape, element_bytes=recipe.weight_bytes(t), added=False, layers=t.layers
         )

@@ -98,4 +98,5 @@ TRAITS: dict[str, Traits] = {
     "smollm3": Traits(rope_skips_every=4, returns_cache=False),
     "stablelm": Traits(rotary_cats=True),
     "starcoder2": Traits(returns_cache=False),
+    "t5": Traits(always_masked=True, loss_in_own_type=True),
 }

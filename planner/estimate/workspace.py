@@ -56,9 +56,10 @@ def workspaces(setup: Setup, form: ModelForm | None) -> Workspaces:
 def _adds_biases(form: ModelForm, *, but_quantized: bool, apart: bool) -> bool:
     """`apart`: the model's own layers multiply first and add then, which cublasLt has no part in."""
     linears = [form.head, *form.outer_linears]
-    for layer, _ in form.runs:
+    for layer, _ in (*form.encoder_runs, *form.runs):
         linears += [*layer.attention_inputs, layer.attention_output, *layer.mlp_inputs]
         linears += [linear for linear in (layer.mlp_output, layer.router) if linear]
+        linears += [*layer.cross_inputs, *([layer.cross_output] if layer.cross_output else [])]
         if layer.bottleneck:
             return True
     return any(

@@ -56,7 +56,7 @@ def zero_report(setup: Setup) -> MemoryReport:
     bucket_bytes = _BUCKET_NUMEL * recipe_of(setup).base
     if setup.model.is_bare:
         return bare_report(setup, held, 0, not_known=(*UNKNOWN, "workspace"), notes=_NOTES)
-    if not has_formulas(setup):
+    if not has_formulas(setup) or setup.model.task == "seq2seq-lm":  # two stacks of units have no walk
         workspace = workspace_bytes(setup, None)
         return bare_report(setup, held, workspace, not_known=not_known(setup), notes=_NOTES)
     workspace = workspace_bytes(setup, model_form(setup))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -47,8 +48,21 @@ def skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") -> nn
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"transformers cannot build {model.id}: {reason}") from error
+    _keep_wide(net, dtype)
     net.train()
     return net  # type: ignore[no-any-return]
+
+
+def _keep_wide(net: Any, dtype: torch.dtype) -> None:
+    """fp32 for the parameters that `from_pretrained` keeps so, as in T5; `from_config` does not.
+
+    transformers 5.23, core_model_loading.py: the patterns of the class are searched in a parameter's name.
+    """
+    kept = net._get_dtype_plan(dtype)
+    pattern = re.compile("|".join(kept))
+    for name, parameter in net.named_parameters():
+        if kept and pattern.search(name):
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def _config(model: Model) -> Any:

@@ -20,6 +20,7 @@ from planner.simulate import simulate
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA, Setup, Training
 
 from .batch_cases import BATCH_CASES
+from .seq2seq_cases import SEQ2SEQ
 from .shapes import shortened
 from .step_cases import STEP_CASES
 from .varied_setups import VARIED, Varied
@@ -357,7 +358,7 @@ def _setup(case: Case | Varied) -> Setup:
     )
 
 
-@pytest.mark.parametrize("case", [*CASES, *VARIED], ids=_label)
+@pytest.mark.parametrize("case", [*CASES, *VARIED, *SEQ2SEQ], ids=_label)
 def test_estimate_is_within_two_percent_of_the_simulation(
     case: Case | Varied, record_property: Callable[[str, object], None]
 ) -> None:

@@ -15,7 +15,7 @@ from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, QLoRA, S
 
 from .shapes import shortened
 
-__all__ = ["VARIED", "Varied"]
+__all__ = ["METHODS", "VARIED", "WORDS", "Varied", "model_named"]
 
 METHODS: dict[str, Method] = {
     "full": FullFineTuning(),
@@ -134,10 +134,11 @@ class Varied:
                 gpu = value
             else:
                 values |= WORDS[word]
-        return Setup(model=_model(name), method=METHODS[method], training=Training(**values), gpu=gpu)
+        return Setup(model=model_named(name), method=METHODS[method], training=Training(**values), gpu=gpu)
 
 
-def _model(name: str) -> Model:
+def model_named(name: str) -> Model:
+    """The catalogue's model by the end of its name, whole or cut to three layers."""
     return catalog.model(name.removesuffix("*")) if name.endswith("*") else shortened(name)
 
 

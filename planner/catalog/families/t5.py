@@ -8,6 +8,7 @@ stores both with different values (T5 1.1, Flan-T5) is untied again only while i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from planner.catalog.families.decoder import FamilyModel
 from planner.catalog.families.fields import Fields
@@ -48,6 +49,8 @@ def t5(fields: Fields) -> FamilyModel:
         attention_output="SelfAttention.o",
         mlp_output="DenseReluDense.wo",
         layer_class="T5Block",
+        cross_attention="EncDecAttention",
+        scaled_head_input=fields.value("tie_word_embeddings") is not False,  # configuration_t5.py
     )
     buckets = fields.size("relative_attention_num_buckets", default=32)
     tensors = [
@@ -87,12 +90,13 @@ def _stack(stack: str, shape: Architecture, depth: int, buckets: int) -> list[We
     last = 1
     if stack == "decoder":
         last = 2
-        tensors += _attention(f"{block}.layer.1.EncDecAttention", shape, layers)
+        tensors += _attention(f"{block}.layer.1.{shape.cross_attention}", shape, layers)
         tensors += norm(f"{block}.layer.1.layer_norm", hidden, layers=layers)
     mlp = f"{block}.layer.{last}.DenseReluDense"
     for name in ("wi_0", "wi_1") if shape.mlp == "gated" else ("wi",):
         tensors += linear(f"{mlp}.{name}", shape.intermediate_size, hidden, "mlp", layers=layers)
-    tensors += linear(f"{mlp}.wo", hidden, shape.intermediate_size, "mlp", layers=layers)
+    out = linear(f"{mlp}.wo", hidden, shape.intermediate_size, "mlp", layers=layers)
+    tensors += [replace(tensor, wide=True) for tensor in out]  # T5PreTrainedModel._keep_in_fp32_modules
     tensors += norm(f"{block}.layer.{last}.layer_norm", hidden, layers=layers)
     return tensors + norm(f"{stack}.final_layer_norm", hidden)
 
