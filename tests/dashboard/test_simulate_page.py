@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from planner.dashboard import answers, simulating
-from planner.dashboard.simulations import Simulations
+from planner.dashboard.simulations import Simulated, Simulations
 from planner.dashboard.worker import Worker
 from planner.estimate import estimate
+from planner.report import LoadingBand
+from planner.spec import Setup
+from planner.units import MIB
 
 STAND_IN = [sys.executable, str(Path(__file__).parent / "stand_in_worker.py")]
 GPT2 = {"model": "openai-community/gpt2", "gpu": "t4"}
@@ -68,6 +71,21 @@ def test_the_button_adds_a_row_for_each_method_and_the_timeline(open_app, queue)
     ]  # fmt: skip
     assert any("Simulated peak" in caption.value for caption in app.caption)
     assert "_simulate" not in keys(app)
+
+
+def test_the_sentence_gives_the_band_of_a_quantized_load() -> None:
+    setup = Setup.from_dict(GPT2)
+    report = dataclasses.replace(estimate(setup), source="simulation")
+    band = LoadingBand(
+        resident_bytes=(0, MIB), peak_allocated_bytes=(1839 * MIB, 1853 * MIB), orders=15
+    )
+    banded = dataclasses.replace(report, loading_band=band)
+    said = [
+        simulating.summary(Simulated(setup=setup, state="done", report=one), report)
+        for one in (report, banded)
+    ]
+    assert "weights arrive" not in said[0]
+    assert "; 1,839 to 1,853 MiB by the order in which the weights arrive." in said[1]
 
 
 def test_full_fine_tuning_is_simulated_once(open_app, queue) -> None:
