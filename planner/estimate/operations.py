@@ -19,7 +19,9 @@ __all__ = ["Operations"]
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
 
-    __slots__ = ("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "stray_bytes", "tokens", "traits")
+    __slots__ = (
+        *("copied_bytes", "handed_out", "prefix", "recipe", "seq_len", "stray_bytes", "tokens", "traits"),
+    )
 
     def __init__(
         self, tokens: int, seq_len: int, recipe: Recipe, traits: Traits, *, prefix: int = 0

@@ -31,8 +31,8 @@ class Stretch:
     `kept_bytes` wait for its backward pass, of which `input_bytes` stay to its end; `backward` is its worst
     moment without them, None where nothing in it or before it is trained; `weight_bytes` are the
     gradients it leaves. `copied_bytes` are copies of weights that autocast holds through the forward pass
-    though a checkpoint drops them. `pinned_bytes` stay to the end of the step, `stray_bytes` of the gradients as
-    long as the graph.
+    though a checkpoint drops them. `pinned_bytes` stay to the end of the step, `stray_bytes` of the gradients
+    as long as the graph.
     """
 
     count: int
