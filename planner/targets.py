@@ -52,14 +52,16 @@ OLD_EXPERT_NAMES: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRATarget:
-    """A weight that LoRA adapts. `fused` is how many matrices of an expert lie in one tensor.
+    """A weight that LoRA adapts. `fused` is how many matrices of an expert lie in one tensor for peft.
 
     `by_parameter`: peft wraps the parameter and not a module (fused experts `[experts, out, in]`, a router).
+    `transposed`: experts are `[experts, in, out]`.
     """
 
     weight: WeightTensor
     by_parameter: bool = False
     fused: int = 1
+    transposed: bool = False
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of A `[r, in]` and B `[out, r]`, of an embedding `[r, rows]` and `[width, r]`.
@@ -69,7 +71,7 @@ class LoRATarget:
         """
         shape = self.weight.shape
         if len(shape) == 3:
-            experts, outputs, inputs = shape
+            experts, outputs, inputs = (shape[0], shape[2], shape[1]) if self.transposed else shape
             rank *= experts * self.fused
         else:
             inputs, outputs = self.weight.in_features, self.weight.out_features

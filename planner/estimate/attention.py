@@ -139,10 +139,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         _cached(ops, k, v, plan)
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
-        if shape.num_key_value_heads == 1 and plan.kernel != "eager":  # one head for all is a view of it
-            k, v = (ops.view(t, t.numel * groups) for t in (k, v))
-        else:
-            k, v = (ops.op((t,), t.numel * groups, t.element) for t in (k, v))
+        # one key head spread over all heads is a view: repeat_kv's reshape finds nothing to copy
+        spread = ops.view if plan.k == 1 else partial(_copied, ops)
+        k, v = (spread(t, t.numel * groups) for t in (k, v))
     held: tuple[Tensor, ...] = ()
     if form.sinks:
         gradient = block_bytes(form.sinks * ops.recipe.base) if form.sinks_trained else 0
@@ -158,6 +157,10 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
     answer = ops.linear(out, form.attention_output)
     ops.hold(*variables, *held)
     return answer
+
+
+def _copied(ops: Operations, x: Tensor, numel: int) -> Tensor:
+    return ops.op((x,), numel, x.element)
 
 
 def _queries_keys_values(
@@ -322,10 +325,10 @@ def _eager(
     n = plan.b * plan.a * plan.s * plan.keys
     element = q.element
     if plan.b > 1:  # matmul folds b and a; heads that lie side by side in a token are copied for it
-        cats = ops.traits.rotary_cats
+        cats, copied = ops.traits.rotary_cats, plan.repeated and plan.k > 1
         q, k, v = (
             t if contiguous else ops.op((t,), t.numel, t.element, aliases=True)
-            for t, contiguous in ((q, cats), (k, cats or plan.repeated), (v, plan.repeated))
+            for t, contiguous in ((q, cats), (k, copied or (cats and not plan.repeated)), (v, copied))
         )
     scores = ops.op((q, k), n, element, (q, k))
     if ops.traits.scaled_scores:

@@ -18,7 +18,7 @@ from planner.estimate.recipes import recipe_of
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
 from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
-from planner.targets import adapted_weights, lora_targets
+from planner.targets import LoRATarget, adapted_weights, lora_targets
 
 __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "model_form"]
 
@@ -227,16 +227,14 @@ def _marks(setup: Setup, shape: Architecture) -> _Marks:
         form = peft_form(model, method)
         assert form is not None  # the caller asks for methods with formulas only
         changes = form.changes
+        _merge(marks, form.merged, form.rank)
         marks.copies = bool(form.saved)
         marks.trained |= {t.name: t.layers for t in form.saved}
     elif isinstance(method, LoRA):
         rank, dropout = method.lora_rank, method.lora_dropout
         weights = adapted_weights(model, method.target_modules)
         changes = [Change(weight=t, rank=rank, dropout=dropout) for t in weights]
-        for target in lora_targets(model, method.target_modules):
-            if target.by_parameter:
-                a, b = target.shapes(rank)
-                marks.merged[target.weight.name] = (target.weight.layers, (prod(a), prod(b)))
+        _merge(marks, lora_targets(model, method.target_modules), rank)
         if isinstance(method, QLoRA):
             marks.quantized = {t.name: t.layers for t in quantized_tensors(model)}
     elif isinstance(method, Adapter):
@@ -245,6 +243,13 @@ def _marks(setup: Setup, shape: Architecture) -> _Marks:
     for change in changes:
         marks.adapted.setdefault(change.weight.module, []).append(change)
     return marks
+
+
+def _merge(marks: _Marks, targets: Iterable[LoRATarget], rank: int) -> None:
+    for target in targets:
+        if target.by_parameter:
+            a, b = target.shapes(rank)
+            marks.merged[target.weight.name] = (target.weight.layers, (prod(a), prod(b)))
 
 
 def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, marks: _Marks) -> LayerForm:

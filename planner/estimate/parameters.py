@@ -119,6 +119,9 @@ def _of_peft(model: Model, form: PeftForm, recipe: Recipe) -> Iterator[TrainedTe
         added.append((weight, kind + "B", (outputs, change.rank)))
         if change.dora:
             added.append((weight, "lora_magnitude_vector", (outputs,)))
+    for target in form.merged:
+        for leaf, factor in zip("AB", target.shapes(form.rank), strict=True):
+            added.append((target.weight, f"{target.weight.leaf}.lora_{leaf}", factor))
     if form.kind == "prompt_tuning":
         added.append((None, "embedding", (form.virtual_tokens, shape.hidden_size)))
     elif form.kind == "prefix_tuning":

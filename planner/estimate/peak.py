@@ -124,19 +124,22 @@ def _moments(
         }
     before = gradients if accumulates or after_zeroing else 0
     return {
-        "forward": _forward(layers, before, before_products, layers.loss.output_bytes if accumulates else 0),
+        "forward": _forward(layers, before, before_products, again=accumulates),
         "backward": _backward(layers, before, workspace, before_products),
         "optimizer_step": optimizer,
     }
 
 
-def _forward(layers: Stack, gradients: int, workspace: int, earlier_logits: int) -> Alive:
+def _forward(layers: Stack, gradients: int, workspace: int, *, again: bool) -> Alive:
     """In the last layers, or at the loss, where everything that is kept is there.
 
-    `earlier_logits`: the output of the micro batch before, held until this one's is there.
+    `again`: after another micro batch, whose output, and of its graph what nodes refer to, is held until this
+    one's is there.
     """
+    earlier_logits = layers.loss.output_bytes if again else 0
     beside = layers.embedded_bytes + (0 if layers.masks_kept else layers.masks_bytes)  # gone with the layers
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
+    waiting += layers.left_bytes - layers.inputs_bytes if again else 0
     best = Alive(phase="forward")
     for number, stretch in enumerate(layers.stretches):
         left_bytes = stretch.kept_bytes + stretch.copied_bytes + stretch.pinned_bytes

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from planner.estimate import peft_defaults
 from planner.methods import LoRABias, PeftConfig
 from planner.model import Model, WeightTensor
-from planner.targets import OLD_EXPERT_NAMES, module_matches
+from planner.targets import OLD_EXPERT_NAMES, LoRATarget, module_matches
 
 __all__ = ["Change", "PeftForm", "peft_form"]
 
@@ -41,6 +41,7 @@ _READ: dict[Kind, frozenset[str]] = {
         {
             *("r", "target_modules", "exclude_modules", "lora_dropout", "bias", "use_dora", "rank_pattern"),
             *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"),
+            "target_parameters",
         }
     ),
     "ia3": frozenset({"target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"}),
@@ -67,13 +68,18 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftForm:
-    """`saved`: tensors of which a copy is trained. `virtual_tokens` stand before those of a sample."""
+    """`saved`: tensors of which a copy is trained. `virtual_tokens` stand before those of a sample.
+
+    `merged`: parameters to which LoRA of `rank` adds the product of its matrices, whole.
+    """
 
     kind: Kind
     changes: tuple[Change, ...] = ()
     saved: tuple[WeightTensor, ...] = ()
     bias: LoRABias = "none"
     virtual_tokens: int = 0
+    merged: tuple[LoRATarget, ...] = ()
+    rank: int = 0
 
 
 def peft_form(model: Model, method: PeftConfig) -> PeftForm | None:
@@ -118,11 +124,16 @@ def _lora(model: Model, values: Mapping[str, Any]) -> PeftForm | None:
     rank, bias = values.get("r", 8), values.get("bias", "none")
     if values.get("init_lora_weights") not in _STARTS or bias not in ("none", "all", "lora_only"):
         return None
-    wanted = _wanted(model, values, peft_defaults.LORA, ("linear", "conv1d", "embedding"))
-    saved = _saved(model, values)
-    if not wanted or saved is None or not _is_count(rank):
-        return None
     dora, dropout = bool(values.get("use_dora")), float(values.get("lora_dropout") or 0.0)
+    named = values.get("target_parameters") or ()
+    merged = _parameters(model, named)
+    if named and (not merged or dora or dropout or values.get("rank_pattern")):
+        return None
+    alone = bool(named) and values.get("target_modules") is None
+    wanted = [] if alone else _wanted(model, values, peft_defaults.LORA, ("linear", "conv1d", "embedding"))
+    saved = _saved(model, values)
+    if not (wanted or alone) or saved is None or not _is_count(rank):
+        return None
     if dora and any(weight.kind == "embedding" for weight in wanted):
         return None
     patterns: dict[str, int] = values.get("rank_pattern") or {}
@@ -135,7 +146,29 @@ def _lora(model: Model, values: Mapping[str, Any]) -> PeftForm | None:
         for own, layers in by_rank.items():
             cut = replace(weight, layers=tuple(layers)) if weight.layers else weight
             changes.append(Change(weight=cut, rank=own, dropout=dropout, dora=dora))
-    return PeftForm(kind="lora", changes=tuple(changes), saved=saved, bias=bias)
+    return PeftForm(
+        kind="lora", changes=tuple(changes), saved=saved, bias=bias, merged=merged, rank=rank if merged else 0
+    )
+
+
+def _parameters(model: Model, named: Collection[str]) -> tuple[LoRATarget, ...]:
+    """What `target_parameters` means of gpt-oss: its experts' weights; () where a name means anything else.
+
+    Matched by the end of the full name (BaseTuner._inject_parameters); the default target_modules, which peft
+    has for other families with experts, are not looked up.
+    """
+    if _family(model) != "gpt_oss":
+        return ()
+    found = []
+    for tensor in model.tensors:
+        names = list(zip(tensor.layers or (0,), tensor.names(), strict=True))
+        layers = [layer for layer, name in names if any(module_matches(name, target) for target in named)]
+        if layers and len(tensor.shape) != 3:
+            return ()
+        if layers:
+            cut = replace(tensor, layers=tuple(layers))
+            found.append(LoRATarget(weight=cut, by_parameter=True, transposed=True))
+    return tuple(found)
 
 
 def _ia3(model: Model, values: Mapping[str, Any]) -> PeftForm | None:

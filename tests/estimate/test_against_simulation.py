@@ -89,6 +89,7 @@ QWEN3_MOE = "Qwen/Qwen3-30B-A3B"
 DISTILBERT = "distilbert/distilbert-base-uncased"
 FALCON_RW = "tiiuae/falcon-rw-1b"
 GPT_OSS = "openai/gpt-oss-20b"
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
 FALCON, FALCON_GROUPED = "tiiuae/falcon-7b", "tiiuae/falcon-40b"
 OTHER_OPTIMIZERS = (
     "adamw-single",
@@ -239,6 +240,13 @@ CASES: list[Case] = [
     (GPT_OSS, NF4, {"micro_batch_size": 3, "seq_len": 700, "loop": "trainer"}),
     (GPT_OSS, INT8, {"micro_batch_size": 1, "seq_len": 1111, "precision": "fp16"}),
     (GPT_OSS, FULL, {"micro_batch_size": 1, "seq_len": 333, "precision": "fp32", "optimizer": "sgd"}),
+    *[
+        (GPT_OSS, peft("LORA", r=8, target_parameters=EXPERTS, **more), run)
+        for more, run in (
+            ({"target_modules": ["q_proj", "v_proj"]}, {"micro_batch_size": 2, "loop": "trainer"}),
+            ({}, {"micro_batch_size": 4, "seq_len": 1024, "activation_checkpointing": True}),
+        )
+    ],
     # Falcon: one key head for all, or several copied to all
     *[
         (model, method, {"micro_batch_size": 2, "seq_len": 512, "optimizer": "sgd"})

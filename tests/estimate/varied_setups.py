@@ -26,6 +26,7 @@ METHODS: dict[str, Method] = {
     "houlsby": Adapter(adapter_kind="houlsby"),
     "pfeiffer": Adapter(adapter_kind="pfeiffer", adapter_reduction_factor=16),
     "bitfit": BitFit(),
+    "int8": QLoRA(lora_rank=8, quantization="int8", target_modules=("all-linear",)),
     "nf4": QLoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05),
 }
 OPTIMIZERS = ("adamw-fused", "adamw-single", "sgd", "sgd-momentum", "adafactor")
@@ -34,6 +35,8 @@ WORDS: dict[str, dict[str, Any]] = {
     **{name: {"attention": name} for name in ("eager", "efficient", "flash", "cudnn")},
     **{name: {"optimizer": name} for name in OPTIMIZERS},
     "checkpointed": {"activation_checkpointing": True},
+    "chunked": {"loss": "chunked"},
+    "trainer": {"loop": "trainer"},
     "clipped": {"clip_grad_norm": 1.0},
     "zeroed": {"zero_grad": "zero"},
     **{f"x{steps}": {"gradient_accumulation_steps": steps} for steps in (2, 3, 4, 8)},
@@ -112,6 +115,11 @@ starcoder2-15b wide-lora 2x512 checkpointed bf16-mixed
 bert-large-uncased lora+bias 8x384 fp32 efficient
 roberta-large bitfit 4x512 fp16-mixed x8
 distilroberta-base full 16x64 bf16-mixed zeroed
+Mistral-7B-v0.1 int8 1x512 fp16-mixed checkpointed x3
+Mistral-7B-v0.1 int8 4x512 x2
+phi-4 int8 2x512 trainer bf16-mixed x2
+gemma-3-270m* lora 4x1024 efficient chunked
+gemma-3-270m* lora 2x1024 eager chunked trainer
 """
 
 
