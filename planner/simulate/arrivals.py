@@ -149,7 +149,8 @@ def loading_band(trail: Sequence[_Entry], phases: Sequence[Phase], config: Alloc
     arrivals = Arrivals(trail, config)
     runs = [tuple(phases), *(arrivals.phases(loading) for loading in LOADINGS)]
     resident = [phase.allocated_bytes for run in runs for phase in run if phase.name == "attach"]
-    peaks = [max(phase.peak_allocated_bytes for phase in run if phase.step is not None) for run in runs]
+    steps = [[phase.peak_allocated_bytes for phase in run if phase.step is not None] for run in runs]
+    peaks = [max(step, default=0) for step in steps]
     return LoadingBand(
         resident_bytes=(min(resident), max(resident)),
         peak_allocated_bytes=(min(peaks), max(peaks)),

@@ -49,8 +49,9 @@ def simulate(
     reserve, beyond which the report carries `out_of_memory`. `progress(phase, step)` is called at each
     phase, `watch(simulation)` once before it starts; `own_lora` takes `planner.training.peft`'s LoRA in
     place of the peft library's. Where the setup has several GPUs, the report is of one `rank` (default: 0,
-    which has the largest shards). Deterministic to the byte. Left out: the CUDA context, NCCL, data
-    loading, `torch.compile`.
+    which has the largest shards). A quantized model's report has a `loading_band`: the run taken again in
+    other orders of loading. Deterministic to the byte. Left out: the CUDA context, NCCL, data loading,
+    `torch.compile`.
     Raises TraceError where a model cannot be traced, ModelError where it cannot be built.
     """
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
@@ -60,7 +61,8 @@ def simulate(
     simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)
     if watch:
         watch(simulation)
-    if _quantizes(setup) and simulation.ledger.trail is None:
+    banded = _quantizes(setup) and not setup.sharding.is_distributed
+    if banded and simulation.ledger.trail is None:
         simulation.ledger.trail = []  # for other orders of arrival
     with place:
         run = run_of(
@@ -76,7 +78,7 @@ def simulate(
                 simulation.know_states(run.optimizer)
     report = simulation.report(setup.to_dict(), _parameters(run), provenance(setup))
     notes = (*report.notes, *rank_notes(setup.sharding, rank), *initialisation_notes(setup.method))
-    if not _quantizes(setup) or setup.sharding.is_distributed or simulation.out_of_memory:
+    if not banded or simulation.out_of_memory:
         return replace(report, notes=notes)
     band = loading_band(simulation.trail or (), report.phases, simulation.allocator.config)
     return replace(report, loading_band=band, notes=(*notes, band_note(band)))
