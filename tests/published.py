@@ -28,7 +28,7 @@ def qlora_runs() -> list[dict[str, Any]]:
 
 
 def other_residents() -> list[dict[str, Any]]:
-    """More nf4 runs, of models that the arrivals were not looked at with: MiB on the card before the step."""
+    """More nf4 runs, of 7 other models: MiB on the card before the step."""
     return list(_FIGURES["nf4_residents"])
 
 

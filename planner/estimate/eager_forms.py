@@ -13,7 +13,7 @@ from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
 
 if TYPE_CHECKING:
-    from planner.estimate.attention import AttentionPlan
+    from planner.estimate.attention_plan import AttentionPlan
 
 __all__ = ["attention_with_alibi", "attention_with_sinks"]
 

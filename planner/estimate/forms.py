@@ -6,19 +6,14 @@ Layers of one form need the same memory, so that each form is described once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Literal
 
-from planner.catalog.outputs import OUTPUTS, takes_adapter
-from planner.estimate.parameters import trained_tensors
-from planner.estimate.peft_form import Change, peft_form
-from planner.estimate.quantized import quantized_tensors
+from planner.estimate.marks import Marks, marks_of
 from planner.estimate.recipes import recipe_of
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture, WeightTensor
-from planner.spec import Adapter, LoRA, PeftConfig, QLoRA, Setup
-from planner.targets import LoRATarget, adapted_weights, lora_targets
+from planner.spec import Setup
 
 __all__ = ["LayerForm", "LinearForm", "ModelForm", "NormForm", "TableForm", "model_form"]
 
@@ -116,53 +111,6 @@ class ModelForm:
     encoder_runs: tuple[tuple[LayerForm, int], ...] = ()
 
 
-@dataclass(slots=True)
-class _Marks:
-    """What the method does to which layer of which tensor: layers, or () where there is no layer."""
-
-    trained: dict[str, tuple[int, ...]]
-    adapted: dict[str, list[Change]] = field(default_factory=dict)
-    copies: bool = False  # whether modules are trained as copies, which unties them
-    kind: str = ""
-    bottleneck: Adapter | None = None
-    outputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    hidden_size: int = 0
-    biased: set[str] = field(default_factory=set)
-    quantized: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    merged: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = field(default_factory=dict)
-    wide_bytes: int | None = None
-
-    def is_trained(self, name: str, layer: int | None) -> bool:
-        return _covers(self.trained.get(name), layer)
-
-    def storage(self, tensor: WeightTensor) -> str:
-        """Name of the tensor that holds its numbers."""
-        return tensor.name if self.copies else tensor.tied_to or tensor.name
-
-    def is_quantized(self, name: str, layer: int | None) -> bool:
-        return _covers(self.quantized.get(name), layer)
-
-    def change_of(self, weight: WeightTensor, layer: int | None) -> Change:
-        for change in self.adapted.get(weight.module, ()):
-            if _covers(change.weight.layers, layer):
-                return change
-        return Change(weight=weight)
-
-    def added_to(self, name: str, layer: int) -> tuple[int, int]:
-        """Numbers in LoRA's A and B where peft adds their product to the parameter itself, else none."""
-        layers, numels = self.merged.get(name, (None, (0, 0)))
-        return numels if _covers(layers, layer) else (0, 0)
-
-    def bottleneck_behind(self, module: str) -> int:
-        if self.bottleneck is None or not takes_adapter(module, self.kind, *self.outputs):
-            return 0
-        return self.bottleneck.bottleneck(self.hidden_size)
-
-
-def _covers(layers: tuple[int, ...] | None, layer: int | None) -> bool:
-    return layers is not None and (layer is None or not layers or layer in layers)
-
-
 def model_form(setup: Setup) -> ModelForm:
     """The forms of all layers and of what surrounds them; cached with the model for each method."""
     cache = setup.model.__dict__.setdefault("_forms", {})
@@ -176,7 +124,7 @@ def model_form(setup: Setup) -> ModelForm:
 def _model_form(setup: Setup) -> ModelForm:
     model, shape = setup.model, setup.model.architecture
     assert shape is not None  # the caller asks for closed-form families only
-    marks = _marks(setup, shape)
+    marks = marks_of(setup, shape)
     inner = [t for t in model.tensors if "*" in t.name]
     outer = [t for t in model.tensors if "*" not in t.name]
     encoder = [t for t in inner if t.name.startswith("encoder.")] if shape.encoder_layers else []
@@ -200,7 +148,7 @@ def _model_form(setup: Setup) -> ModelForm:
 
 
 def _runs(
-    tensors: list[WeightTensor], layers: int, shape: Architecture, marks: _Marks
+    tensors: list[WeightTensor], layers: int, shape: Architecture, marks: Marks
 ) -> tuple[tuple[LayerForm, int], ...]:
     runs: list[tuple[LayerForm, int]] = []
     kinds: dict[LayerForm, LayerForm] = {}
@@ -214,45 +162,7 @@ def _runs(
     return tuple(runs)
 
 
-def _marks(setup: Setup, shape: Architecture) -> _Marks:
-    model, method = setup.model, setup.method
-    marks = _Marks(
-        trained={t.name: t.layers for t in trained_tensors(setup) if not t.added},
-        biased={t.module for t in model.tensors if t.leaf == "bias"},
-        hidden_size=shape.hidden_size,
-        wide_bytes=recipe_of(setup).wide,
-    )
-    changes: Iterable[Change] = ()
-    if isinstance(method, PeftConfig):
-        form = peft_form(model, method)
-        assert form is not None  # the caller asks for methods with formulas only
-        changes = form.changes
-        _merge(marks, form.merged, form.rank)
-        marks.copies = bool(form.saved)
-        marks.trained |= {t.name: t.layers for t in form.saved}
-    elif isinstance(method, LoRA):
-        rank, dropout = method.lora_rank, method.lora_dropout
-        weights = adapted_weights(model, method.target_modules)
-        changes = [Change(weight=t, rank=rank, dropout=dropout) for t in weights]
-        _merge(marks, lora_targets(model, method.target_modules), rank)
-        if isinstance(method, QLoRA):
-            marks.quantized = {t.name: t.layers for t in quantized_tensors(model)}
-    elif isinstance(method, Adapter):
-        marks.bottleneck, marks.kind = method, method.adapter_kind
-        marks.outputs = OUTPUTS.get(shape.family, ((shape.attention_output,), (shape.mlp_output,)))
-    for change in changes:
-        marks.adapted.setdefault(change.weight.module, []).append(change)
-    return marks
-
-
-def _merge(marks: _Marks, targets: Iterable[LoRATarget], rank: int) -> None:
-    for target in targets:
-        if target.by_parameter:
-            a, b = target.shapes(rank)
-            marks.merged[target.weight.name] = (target.weight.layers, (prod(a), prod(b)))
-
-
-def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, marks: _Marks) -> LayerForm:
+def _layer_form(tensors: list[WeightTensor], layer: int, shape: Architecture, marks: Marks) -> LayerForm:
     present = [t for t in tensors if layer in t.layers]
     linears = [t for t in present if t.kind in ("linear", "conv1d") and t.leaf == "weight"]
     cross = [t for t in linears if shape.cross_attention and f".{shape.cross_attention}." in t.module]
@@ -306,7 +216,7 @@ def _ending(tensors: Iterable[WeightTensor], suffix: str) -> WeightTensor | None
     return found[-1] if found else None
 
 
-def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearForm:
+def _linear(tensor: WeightTensor, layer: int | None, marks: Marks) -> LinearForm:
     change = marks.change_of(tensor, layer)
     return LinearForm(
         name=tensor.module.rpartition(".")[2],
@@ -326,7 +236,7 @@ def _linear(tensor: WeightTensor, layer: int | None, marks: _Marks) -> LinearFor
     )
 
 
-def _router(tensors: list[WeightTensor], layer: int, marks: _Marks) -> LinearForm | None:
+def _router(tensors: list[WeightTensor], layer: int, marks: Marks) -> LinearForm | None:
     """The scores of the experts: parameters of a module of its own, no linear layer that a method finds."""
     weight = next((t for t in tensors if t.leaf == "weight"), None)
     if weight is None:
@@ -341,7 +251,7 @@ def _router(tensors: list[WeightTensor], layer: int, marks: _Marks) -> LinearFor
     )
 
 
-def _table(tensor: WeightTensor, marks: _Marks, layer: int | None = None) -> TableForm:
+def _table(tensor: WeightTensor, marks: Marks, layer: int | None = None) -> TableForm:
     return TableForm(
         rows=tensor.in_features,
         width=tensor.out_features,
@@ -351,7 +261,7 @@ def _table(tensor: WeightTensor, marks: _Marks, layer: int | None = None) -> Tab
     )
 
 
-def _norms(tensors: list[WeightTensor], layer: int | None, marks: _Marks) -> tuple[NormForm, ...]:
+def _norms(tensors: list[WeightTensor], layer: int | None, marks: Marks) -> tuple[NormForm, ...]:
     return tuple(
         NormForm(
             width=t.shape[0],

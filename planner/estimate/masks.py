@@ -8,7 +8,7 @@ from planner.estimate.operations import Operations
 from planner.estimate.tape import Tensor
 
 if TYPE_CHECKING:
-    from planner.estimate.attention import AttentionPlan
+    from planner.estimate.attention_plan import AttentionPlan
 
 __all__ = ["mask_of_layer", "shares_mask"]
 

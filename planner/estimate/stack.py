@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import replace
 
 from planner.batching import has_masks, row_shape, takes_lengths
-from planner.estimate.attention import attention_plan
+from planner.estimate.attention_plan import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.fused_loss import fused_loss_memory

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from planner.estimate.attention import KERNELS, AttentionPlan, attention_plan
+from planner.estimate.attention import KERNELS
+from planner.estimate.attention_plan import AttentionPlan, attention_plan
 from planner.estimate.blocks import sorted_sums_bytes
 from planner.estimate.forms import LayerForm, NormForm
 from planner.estimate.operations import Operations

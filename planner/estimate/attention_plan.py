@@ -1,0 +1,112 @@
+"""Which attention kernel a layer runs, and on what.
+
+Letters: `b` micro batch, `s` sequence, `a` heads, `k` key-value heads, `d` head width. Kernel choice:
+torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; how transformers 5.23 calls it:
+integrations/sdpa_attention.py and each model's `eager_attention_forward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from planner.batching import has_masks, row_shape, takes_lengths
+from planner.estimate.forms import LayerForm
+from planner.estimate.traits import TRAITS
+from planner.model import Architecture
+from planner.spec import Setup
+
+__all__ = ["AttentionPlan", "attention_plan"]
+
+Kernel = Literal["flash", "varlen", "efficient", "cudnn", "math", "eager"]
+_FLASH_HEAD_LIMIT = 256  # sdp_utils.cpp: check_head_dim_size_flash
+_CUDNN_HEAD_LIMIT = 128  # sdp_utils.cpp: check_cudnn_tensor_shapes
+_CUDNN_HEAD_LIMIT_HOPPER = 256
+_CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))  # sdp_utils.cpp: check_prefer_cudnn_attention
+_DEFAULT_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionPlan:
+    """`kernel` that runs; `masked`: a mask [b, 1, s, keys] is passed; `repeated`: k and v for all heads.
+
+    `biased`: the mask is the model's own sum with ALiBi, [b, a, s, keys] in the embeddings' type. `keys` are
+    the sequence's own and those of a prefix, `samples` how many are packed into the row.
+    """
+
+    kernel: Kernel
+    b: int
+    s: int
+    a: int
+    k: int
+    d: int
+    keys: int
+    samples: int = 1
+    masked: bool = False
+    repeated: bool = False
+    biased: bool = False
+    dropout: float = 0.0
+
+
+def attention_plan(
+    shape: Architecture, form: LayerForm, setup: Setup, element: int, *, prefix: int = 0
+) -> AttentionPlan:
+    """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
+
+    `element` is the bytes of q, k and v. A mask (a sliding window not longer than the sequence, padding,
+    several samples in a row) rules out flash, but for the one told their lengths (`varlen`); then
+    transformers repeats keys and values for all heads, which else only flash and cuDNN take grouped. cuDNN
+    comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16 before Ampere
+    (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
+    """
+    training, traits = setup.training, TRAITS[shape.family]
+    rows, length = row_shape(training)
+    masked = prefix > 0 or traits.always_masked or has_masks(training)
+    masked |= form.sliding and shape.sliding_window is not None and length >= shape.sliding_window
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    # Falcon: a single key head meets all heads in the products, which copy it where there are several
+    # samples; several are copied to all heads before.
+    broadcast = traits.fused_qkv == "groups" and groups < heads
+    single = broadcast and groups == 1
+    if broadcast and (groups > 1 or training.micro_batch_size == 1):
+        groups = heads
+    grouped = groups < heads and not broadcast
+    plan = partial(
+        AttentionPlan,
+        b=rows,
+        s=length,
+        a=heads,
+        k=groups,
+        d=shape.head_dim,
+        keys=length + prefix,
+        biased=traits.always_masked and shape.positions == "alibi",
+        dropout=shape.attention_dropout,
+    )
+    if training.attention == "eager" or not shape.sdpa:
+        return plan(kernel="eager", masked=True, repeated=groups < heads)
+    if takes_lengths(training):
+        return plan(kernel="varlen", samples=training.micro_batch_size)
+    if training.attention != "sdpa":
+        repeated = grouped and (masked or training.attention == "efficient")
+        return plan(kernel=training.attention, masked=masked, repeated=repeated)
+    capability = (setup.gpu.capability if setup.gpu else None) or _DEFAULT_CAPABILITY
+    half = element == 2 and capability >= (8, 0)
+    d = shape.head_dim
+    repeated = grouped and masked
+    bf16_refused = element == 2 and not training.precision.startswith("fp16") and capability < (8, 0)
+    bf16_refused |= single  # no kernel takes fewer key heads unless it is told
+    kernel: Kernel = "math" if bf16_refused or (grouped and not masked) else "efficient"
+    if half and not masked and d <= _FLASH_HEAD_LIMIT and not _flash_backward_fails(capability, shape):
+        kernel = "flash"
+    cudnn_limit = _CUDNN_HEAD_LIMIT_HOPPER if capability == (9, 0) else _CUDNN_HEAD_LIMIT
+    if half and capability in _CUDNN_FIRST and d % 8 == 0 and d <= cudnn_limit:
+        kernel = "cudnn"
+    return plan(kernel=kernel, masked=masked, repeated=repeated)
+
+
+def _flash_backward_fails(capability: tuple[int, int], shape: Architecture) -> bool:
+    """sdp_utils.cpp: check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120."""
+    small_sm = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
+    d = shape.head_dim
+    return small_sm and (192 < d <= 224 or (d > 224 and shape.attention_dropout > 0))
