@@ -36,8 +36,13 @@ def has_formulas(setup: Setup) -> bool:
         and shape.family in TRAITS
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
-        and not (shape.encoder_layers and _changes_tables(setup))
+        and not (shape.encoder_layers and (_changes_tables(setup) or _pads_biases(setup.training)))
     )
+
+
+def _pads_biases(training: Training) -> bool:
+    """Whether padding makes a fused kernel's bias one for each sample; eager attention has that anyway."""
+    return training.batching == "padded" and training.attention != "eager"
 
 
 def _changes_tables(setup: Setup) -> bool:

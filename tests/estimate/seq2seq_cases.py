@@ -34,7 +34,12 @@ METHODS: dict[str, Method] = {
     "ln": _peft("LN_TUNING"),
     "dora": _peft("LORA", use_dora=True, r=16, target_modules=["q", "v"]),
 }
-WORDS = {**varied_setups.WORDS, "trainer": {"loop": "trainer"}, "adamw-8bit": {"optimizer": "adamw-8bit"}}
+WORDS = {
+    **varied_setups.WORDS,
+    "trainer": {"loop": "trainer"},
+    "adamw-8bit": {"optimizer": "adamw-8bit"},
+    "padded": {"batching": "padded"},
+}
 
 # https://huggingface.co/google/flan-t5-small/blob/main/config.json
 FLAN_T5_SMALL: dict[str, Any] = {
@@ -106,6 +111,8 @@ narrow lora 1x1024 checkpointed eager fp32
 narrow houlsby 8x256 bf16-mixed checkpointed
 narrow int8 8x256
 narrow cross 4x256 cudnn gpu=h200
+t5-small full 4x512 eager padded
+t5-small lora 4x256 eager padded checkpointed bf16-mixed
 """
 
 

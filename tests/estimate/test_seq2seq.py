@@ -47,6 +47,13 @@ def test_lora_on_a_table_is_left_to_the_simulation(target: str) -> None:
     assert "simulate" in report.notes[0]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "efficient"])
+def test_padding_under_a_fused_kernel_is_left_to_the_simulation(attention: str) -> None:
+    """The biases of positions meet a mask of each sample: [b, a, s, s] instead of [1, a, s, s]."""
+    training = Training(micro_batch_size=2, batching="padded", attention=attention)
+    assert "activations" in estimate(Setup(model=T5, training=training)).not_known
+
+
 @pytest.mark.parametrize("sharding", ["fsdp", "hsdp", "fsdp-grad-op", "zero1", "zero3"])
 def test_what_ranks_share_of_two_stacks_is_not_guessed(sharding: Any) -> None:
     training = Training(precision="bf16-mixed")
