@@ -1,7 +1,7 @@
-"""README and CONTRIBUTING are true: every command in them runs, every output is what it prints today.
+"""The documents are true: every command in them runs, every output is what it prints today.
 
-Every `console` block of README.md is a command and its whole output; the Python example stands before the
-`text` block with what it prints. `python -m tests.test_docs` writes today's outputs into README.md.
+Every `console` block of README.md and docs/settings.md is a command and its whole output; the Python example
+stands before the `text` block with what it prints. `python -m tests.test_docs` writes today's outputs there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tests.published import qlora_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-WIDTH = 100  # columns of the outputs in README.md
+DOCUMENTS = (README, ROOT / "docs" / "settings.md")
+WIDTH = 100  # columns of the outputs
 PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
 PHASES = re.compile(r"(<!-- published phases -->\n).*?(<!-- end -->)", re.DOTALL)
 SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
@@ -40,9 +41,14 @@ RECORDED = re.compile(r"(<!-- recorded -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def written() -> str:
+    """All documents, one after the other."""
+    return "\n".join(path.read_text() for path in DOCUMENTS)
+
+
 def blocks(language: str, text: str | None = None) -> list[str]:
-    """The fenced code blocks of README.md in one language."""
-    return [body for name, body in BLOCK.findall(text or README.read_text()) if name == language]
+    """The fenced code blocks of the documents in one language."""
+    return [body for name, body in BLOCK.findall(text or written()) if name == language]
 
 
 def printed(command: list[str]) -> str:
@@ -101,10 +107,10 @@ def test_the_python_example_prints_what_stands_there() -> None:
 def test_the_readme_s_table_lists_every_verb_and_no_other() -> None:
     from planner.cli.parser import VERBS
 
-    assert sorted(re.findall(r"^\| `planner ([a-z]+)` \|", README.read_text(), re.MULTILINE)) == sorted(VERBS)
+    assert sorted(re.findall(r"^\| `planner ([a-z]+)` \|", written(), re.MULTILINE)) == sorted(VERBS)
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)", README.read_text()))))
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)", written()))))
 def test_a_flag_of_the_readme_exists(flag: str) -> None:
     assert flag in flags_of_all_verbs()
 
@@ -140,7 +146,7 @@ def test_the_hand_worked_example_is_what_the_planner_answers() -> None:
         f"5 × 14 GB = **{gb(disk['full_copies_bytes'])}** as full copies",
         f"14 GB + 5 × 8 MB = **{gb(disk['base_and_adapters_bytes'])}** as one base and five adapters",
     ]
-    assert [row for row in rows if row not in README.read_text()] == []
+    assert [row for row in rows if row not in written()] == []
     assert totals == ("84 GB", "14.048 GB")
 
 
@@ -152,12 +158,12 @@ def test_the_matrix_of_the_readme_is_what_the_planner_counts() -> None:
         f"One {rows} × {columns} matrix has {matrix['full']:,} parameters; LoRA of rank 8 trains "
         f"{matrix['trainable']:,} instead, {100 * matrix['reduction']:.1f} % fewer."
     )
-    assert text in " ".join(README.read_text().split())
+    assert text in " ".join(written().split())
 
 
 def test_the_recipes_of_the_readme_take_the_bytes_it_says() -> None:
     rows = re.findall(
-        r"^\| (`[a-z0-9-]+`(?:, `[a-z0-9-]+`)*) \|.*\| (\d+) \|$", README.read_text(), re.MULTILINE
+        r"^\| (`[a-z0-9-]+`(?:, `[a-z0-9-]+`)*) \|.*\| (\d+) \|$", written(), re.MULTILINE
     )
     said = {name: int(size) for names, size in rows for name in re.findall(r"`([^`]+)`", names)}
     for precision, size in said.items():
@@ -179,16 +185,18 @@ def catalogue_counts() -> dict[str, int]:
 
 def test_counts_in_the_readme_are_those_of_the_catalogue() -> None:
     for what, number in catalogue_counts().items():
-        assert re.findall(rf"\((\d+) {what}\)", README.read_text()) == [str(number)]
+        assert re.findall(rf"\((\d+) {what}\)", written()) == [str(number)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/settings.md"])
 def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
-        assert target.startswith("https://") or (ROOT / target).exists(), f"{name} links to {target}"
+        assert target.startswith("https://") or (ROOT / name).parent.joinpath(target).exists(), (
+            f"{name} links to {target}"
+        )
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/settings.md"])
 def test_paths_that_are_named_exist(name: str) -> None:
     named = set(
         re.findall(r"`((?:planner|tests|benchmarks|scripts|docs)/[\w./-]*)`", (ROOT / name).read_text())
@@ -225,7 +233,7 @@ def test_continuous_integration_runs_the_readme_s_command() -> None:
 
 
 def rewritten(text: str) -> str:
-    """README.md with today's outputs."""
+    """A document with today's outputs."""
 
     def fresh(match: re.Match[str]) -> str:
         language, body = match.groups()
@@ -267,7 +275,7 @@ def published_table() -> str:
 
 
 def test_the_table_of_published_runs_is_today_s() -> None:
-    assert f"<!-- published -->\n{published_table()}<!-- end -->" in README.read_text()
+    assert f"<!-- published -->\n{published_table()}<!-- end -->" in written()
 
 
 def optimizer_table() -> str:
@@ -300,7 +308,7 @@ def estimated_gradients() -> int:
 
 
 def test_the_table_of_optimizers_is_today_s() -> None:
-    assert f"<!-- optimizers -->\n{optimizer_table()}<!-- end -->" in README.read_text()
+    assert f"<!-- optimizers -->\n{optimizer_table()}<!-- end -->" in written()
 
 
 def batching_table() -> str:
@@ -327,7 +335,7 @@ def batching_table() -> str:
 
 
 def test_the_table_of_batching_is_today_s() -> None:
-    assert f"<!-- batching -->\n{batching_table()}<!-- end -->" in README.read_text()
+    assert f"<!-- batching -->\n{batching_table()}<!-- end -->" in written()
 
 
 def phases_table() -> str:
@@ -355,7 +363,7 @@ def phases_table() -> str:
 
 
 def test_the_table_of_phases_is_today_s() -> None:
-    assert f"<!-- published phases -->\n{phases_table()}<!-- end -->" in README.read_text()
+    assert f"<!-- published phases -->\n{phases_table()}<!-- end -->" in written()
 
 
 def recorded_text(records: Sequence[Record] | None = None) -> str:
@@ -412,7 +420,7 @@ def error_rows(runs: Sequence[Record]) -> str:
 
 
 def test_what_is_said_of_our_own_measurements_is_what_is_packaged() -> None:
-    assert f"<!-- recorded -->\n{recorded_text()}<!-- end -->" in README.read_text()
+    assert f"<!-- recorded -->\n{recorded_text()}<!-- end -->" in written()
 
 
 def test_records_would_be_told_with_their_machine_and_their_errors() -> None:
@@ -423,4 +431,5 @@ def test_records_would_be_told_with_their_machine_and_their_errors() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    for path in DOCUMENTS:
+        path.write_text(rewritten(path.read_text()))
