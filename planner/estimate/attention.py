@@ -58,14 +58,15 @@ def attention_plan(
 ) -> AttentionPlan:
     """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
 
-    `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence) rules out
-    flash; then transformers repeats keys and values for all heads, which else only flash and cuDNN take
-    grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16
-    before Ampere (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
+    `element` is the bytes of q, k and v. A mask (a sliding window that the sequence fills: transformers 5.23,
+    masking_utils.py, `_ignore_causal_mask_sdpa`) rules out flash; then transformers repeats keys and values
+    for all heads, which else only flash and cuDNN take grouped. cuDNN comes first on capability 9 and 10. The
+    math kernel takes what no other does, so bfloat16 before Ampere (check_tensor_dtype,
+    less_than_sm80_mem_efficient_dtypes).
     """
     training, traits = setup.training, TRAITS[shape.family]
     masked = prefix > 0 or traits.always_masked
-    masked |= form.sliding and shape.sliding_window is not None and training.seq_len > shape.sliding_window
+    masked |= form.sliding and shape.sliding_window is not None and training.seq_len >= shape.sliding_window
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     # Falcon: a single key head meets all heads in the products, which copy it where there are several
     # samples; several are copied to all heads before.

@@ -208,8 +208,8 @@ def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:
 def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: int) -> int:
     """Masks [b, 1, s, s], one for each kind of layer; transformers 5.23, masking_utils.py.
 
-    Eager attention always has them, in the embeddings' type. Fused attention has one of bools where a
-    sliding window is shorter than the sequence, or keys of a prefix come first.
+    Eager attention always has them, in the embeddings' type. Fused attention has one of bools where the
+    sequence fills a sliding window, or keys of a prefix come first.
     """
     b, s = training.micro_batch_size, training.seq_len
     sliding = len(shape.sliding_layers)
@@ -221,7 +221,7 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
         return kinds * block_bytes(b * s * (s + prefix) * element)
     if prefix or TRAITS[shape.family].always_masked:
         return block_bytes(b * s * (s + prefix))
-    if shape.sliding_window is not None and sliding and s > shape.sliding_window:
+    if shape.sliding_window is not None and sliding and s >= shape.sliding_window:
         return block_bytes(b * s * s)
     return 0
 
