@@ -27,6 +27,7 @@ from planner.spec import Setup
 
 __all__ = ["Shards", "fsdp_report", "shards"]
 
+_PACKED_UNITS = 8  # after so many the pattern of shared segments changes little
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +133,12 @@ def _plan(setup: Setup, found: Units, layers: Stack, workspace: int) -> Plan:
     tokens = training.micro_batch_size * training.seq_len
     return Plan(
         embedding=_memory(setup, found.embedding, offloaded=offloaded),
-        layers=_memories(setup, found.layers, offloaded=offloaded),
+        layers=_memories(
+            setup,
+            found.layers,
+            offloaded=offloaded,
+            together=1 if sharding.reshard_after_forward else min(len(found.layers), _PACKED_UNITS),
+        ),
         tail=_memory(setup, found.tail, offloaded=offloaded),
         root=_memory(setup, found.root, offloaded=offloaded),
         tied=found.tied,
@@ -145,17 +151,17 @@ def _plan(setup: Setup, found: Units, layers: Stack, workspace: int) -> Plan:
 
 
 def _memories(
-    setup: Setup, found: tuple[tuple[Piece, ...], ...], *, offloaded: bool
+    setup: Setup, found: tuple[tuple[Piece, ...], ...], *, offloaded: bool, together: int = 1
 ) -> tuple[UnitMemory, ...]:
     """Of each unit; equal layers are one object, which is looked at once."""
     known: dict[int, UnitMemory] = {}
     for unit in found:
         if id(unit) not in known:
-            known[id(unit)] = _memory(setup, unit, offloaded=offloaded)
+            known[id(unit)] = _memory(setup, unit, offloaded=offloaded, together=together)
     return tuple(known[id(unit)] for unit in found)
 
 
-def _memory(setup: Setup, unit: Sequence[Piece], *, offloaded: bool) -> UnitMemory:
+def _memory(setup: Setup, unit: Sequence[Piece], *, offloaded: bool, together: int = 1) -> UnitMemory:
     sharding = setup.sharding
     return unit_memory(
         unit,
@@ -163,6 +169,7 @@ def _memory(setup: Setup, unit: Sequence[Piece], *, offloaded: bool) -> UnitMemo
         reduce_dtype=sharding.reduce_dtype,
         offloaded=offloaded,
         replicated=sharding.sharding == "hsdp",
+        together=together,
     )
 
 

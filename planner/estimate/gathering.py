@@ -60,10 +60,12 @@ def unit_memory(
     reduce_dtype: str | None,
     offloaded: bool = False,
     replicated: bool = False,
+    together: int = 1,
 ) -> UnitMemory:
     """The bytes of a unit whose copy is split over `ranks`. `reduce_dtype` None: the gradients' own.
 
-    `offloaded`: shards live in the host's memory; `replicated`: HSDP.
+    `offloaded`: shards live in the host's memory; `replicated`: HSDP; `together`: how many such units are
+    gathered at once, which share the allocator's segments.
     """
     if not unit:
         return UnitMemory()
@@ -77,12 +79,13 @@ def unit_memory(
     )
     kept = sum(numel * piece.element_bytes for piece, numel in trained)
     recast = kept != reduced
+    gathered = [ranks * numel * piece.gathered_element_bytes for piece, numel in padded]
     whole = [piece.numel * piece.gathered_element_bytes for piece, _ in trained]
     later = whole
     if reduce_dtype and any(_REDUCED_BYTES[reduce_dtype] != p.gathered_element_bytes for p, _ in trained):
         later = [piece.numel * _REDUCED_BYTES[reduce_dtype] for piece, _ in trained]
     return UnitMemory(
-        gathered=packed_bytes(ranks * numel * piece.gathered_element_bytes for piece, numel in padded),
+        gathered=packed_bytes(gathered * together) // together,
         buffer=block_bytes(ranks * shard),
         copied=_copied(padded, shard, casts=casts, offloaded=offloaded),
         unsharded_gradients=packed_bytes(whole),

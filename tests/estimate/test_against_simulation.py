@@ -142,7 +142,7 @@ CASES: list[Case] = [
     (BLOOM, ALL_LINEAR, {"micro_batch_size": 2, "seq_len": 1024, "precision": "bf16-mixed"}),
     (PHI3, ALL_LINEAR, {"micro_batch_size": 1, "seq_len": 1024, "attention": "eager"}),
     (GEMMA3, LORA, {"micro_batch_size": 1, "seq_len": 2048}),
-    (MISTRAL, LORA, {"micro_batch_size": 1, "seq_len": 6144}),
+    *[(MISTRAL, LORA, {"micro_batch_size": 1, "seq_len": seq_len}) for seq_len in (4095, 4096, 6144)],
     # checkpointing
     *[
         (model, method, {"micro_batch_size": 8, "seq_len": 1024, "activation_checkpointing": True})

@@ -29,6 +29,7 @@ MOE = "Qwen/Qwen3-30B-A3B"
 OLMO2 = "allenai/OLMo-2-0425-1B"
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 QWEN3 = "Qwen/Qwen3-0.6B"
+MISTRAL = "mistralai/Mistral-7B-v0.1"
 
 MIXED: dict[str, Any] = {"precision": "bf16-mixed", "micro_batch_size": 2, "seq_len": 512}
 FUSED = {**MIXED, "optimizer": "adamw-fused"}
@@ -78,6 +79,16 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (TIED, FULL, {**FUSED, "batching": "padded"}, EIGHT),
     (TIED, FULL, {**FUSED, "batching": "packed", "activation_checkpointing": True}, EIGHT),
     (UNTIED, LORA, {**MIXED, "batching": "packed", "attention": "flash"}, {"num_gpus": 4, "sharding": "ddp"}),
+    # a sequence as long as the sliding window has a mask already
+    *[
+        (
+            MISTRAL,
+            LORA,
+            {"micro_batch_size": 1, "seq_len": seq_len, "activation_checkpointing": True},
+            {"num_gpus": 2, "sharding": sharding},
+        )
+        for seq_len, sharding in ((4095, "fsdp"), (4096, "fsdp"), (4096, "fsdp-grad-op"))
+    ],
 ]
 
 
