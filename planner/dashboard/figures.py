@@ -176,6 +176,7 @@ def _add_card(
             hovertemplate=f"At most {gib(verdict.upper_bytes)} on the card<extra></extra>",
         )
     at = verdict.capacity_bytes / GIB
+    share = at / figure.layout.xaxis.range[1]
     figure.add_vline(x=at, line={"color": LINE, "width": 2, "dash": "dash"})
     figure.add_annotation(
         x=at,
@@ -183,7 +184,7 @@ def _add_card(
         yref="paper",
         yanchor="bottom",
         showarrow=False,
-        xanchor="auto",
+        xanchor="right" if share > 0.75 else "left" if share < 0.25 else "center",  # else cut on a phone
         text=f"{verdict.gpu}: {gib(verdict.capacity_bytes)}",
     )
 

@@ -152,7 +152,7 @@ NOT_COUNTED = (
     "Other processes on the card, and what a desktop draws there.",
     "Evaluation during training, above all generation with its key-value cache.",
     "Tensor, pipeline and expert parallelism: several GPUs share a run by its data alone.",
-    "Kernels that replace parts of the model (Liger's fused loss).",
+    "Kernels that replace parts of the model beyond the loss: Liger's norms and activations, Unsloth.",
     "torch.compile: the compiler decides by version and device what it keeps, fuses or computes again.",
     "The host's memory: data loading, pinned buffers and loading the checkpoint.",
 )

@@ -141,3 +141,11 @@ def test_the_axis_has_the_current_value_and_nothing_beyond_the_model(
 def test_text_from_outside_cannot_become_markup() -> None:
     compared = tables.parts_table([("<script>", answer(SETUP).chosen)])
     assert "<script>" not in compared
+
+
+@pytest.mark.parametrize(("gpu", "anchor"), [("t4", "left"), ("h200", "right")])
+def test_the_name_of_the_card_stays_inside_the_picture(gpu: str, anchor: str) -> None:
+    planned = Setup(model="meta-llama/Llama-3.1-8B" if gpu == "t4" else "gpt2", gpu=gpu)
+    report = estimate(planned)
+    figure = figures.bars([("Full fine-tuning, predicted", report)], verdict(report, planned.gpu))
+    assert figure.layout.annotations[0].xanchor == anchor
