@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from planner.batching import Batching, check_batch, check_batching
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
@@ -64,6 +65,7 @@ class Training:
     is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
     `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few.
+    `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into one row [1, b s].
     """
 
     micro_batch_size: int = 1
@@ -77,6 +79,7 @@ class Training:
     zero_grad: ZeroGrad = "none"
     loop: Loop = "plain"
     loss: Loss = "full"
+    batching: Batching = "full"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use. Raises SetupError."""
@@ -87,6 +90,7 @@ class Training:
         choice("attention", self.attention, get_args(Attention))
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
         check_step(self.loop, self.loss)
+        check_batch(self)
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
                 f"activation_checkpointing must be true or false, got {self.activation_checkpointing!r}."
@@ -138,6 +142,7 @@ class Setup:
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
         check_loss(self.training.loss, self.model, shared=self.sharding.is_distributed)
+        check_batching(self.model, self.method, self.training, self.gpu)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)
         check_sharding(self.sharding, self.method, self.training)

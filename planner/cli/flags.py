@@ -51,6 +51,7 @@ HELP: dict[str, str] = {
     "shard_unit": "module class that FSDP gathers as one unit (default: the model's layer)",
     "loop": "who writes the loop: plain keeps the logits through the backward pass, HF's trainer does not",
     "loss": "full makes all logits at once, chunked those of 1,024 tokens at a time, twice",
+    "batching": "samples all of one length (full), padded to it with a mask, or packed into one row",
 }
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,30}")

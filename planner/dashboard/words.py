@@ -86,6 +86,7 @@ FIELD_LABELS = {
     "zero_grad": "Gradients after a step",
     "loop": "Training loop",
     "loss": "Loss",
+    "batching": "Samples of different length",
     "lora_rank": "Rank r",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",
@@ -125,6 +126,8 @@ FIELD_HELP = {
     "Hugging Face's Trainer gives them up before the backward pass.",
     "loss": "full makes the logits of all tokens at once; chunked those of 1,024 tokens at a time, and once "
     "more in the backward pass.",
+    "batching": "full: every sample has all tokens; padded: shorter ones are filled up and a mask goes to "
+    "attention; packed: all samples in one row, none filled up.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
     "lora_dropout": "Dropout on each adapter's input; above 0 it keeps a mask.",
     "lora_bias": "none, all biases, or those of the target layers only.",
@@ -148,7 +151,7 @@ NOT_COUNTED = (
     "Other processes on the card, and what a desktop draws there.",
     "Evaluation during training, above all generation with its key-value cache.",
     "Tensor, pipeline and expert parallelism: several GPUs share a run by its data alone.",
-    "Kernels that replace parts of the model (Liger's fused loss), and packed or padded sequences.",
+    "Kernels that replace parts of the model (Liger's fused loss).",
     "torch.compile: the compiler decides by version and device what it keeps, fuses or computes again.",
     "The host's memory: data loading, pinned buffers and loading the checkpoint.",
 )

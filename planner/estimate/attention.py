@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from planner.batching import has_masks, row_shape, takes_lengths
 from planner.estimate.forms import LayerForm
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
@@ -21,7 +22,7 @@ from planner.spec import Setup, Training
 
 __all__ = ["AttentionPlan", "attention", "attention_plan"]
 
-Kernel = Literal["flash", "efficient", "cudnn", "math", "eager"]
+Kernel = Literal["flash", "varlen", "efficient", "cudnn", "math", "eager"]
 _FLASH_HEAD_LIMIT = 256  # sdp_utils.cpp: check_head_dim_size_flash
 _CUDNN_HEAD_LIMIT = 128  # sdp_utils.cpp: check_cudnn_tensor_shapes
 _CUDNN_HEAD_LIMIT_HOPPER = 256
@@ -33,7 +34,7 @@ _DEFAULT_CAPABILITY = (8, 0)
 class AttentionPlan:
     """`kernel` that runs; `masked`: a mask [b, 1, s, keys] is passed; `repeated`: k and v for all heads.
 
-    `keys` are the sequence's own and those of a prefix.
+    `keys` are the sequence's own and those of a prefix, `samples` how many are packed into the row.
     """
 
     kernel: Kernel
@@ -43,6 +44,7 @@ class AttentionPlan:
     k: int
     d: int
     keys: int
+    samples: int = 1
     masked: bool = False
     repeated: bool = False
     dropout: float = 0.0
@@ -53,14 +55,15 @@ def attention_plan(
 ) -> AttentionPlan:
     """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
 
-    `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence) rules out
-    flash; then transformers repeats keys and values for all heads, which else only flash and cuDNN take
+    `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence, padding, several
+    samples in a row) rules out flash, but for the one that is told their lengths (`varlen`); then transformers repeats keys and values for all heads, which else only flash and cuDNN take
     grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16
     before Ampere (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
     """
     training, traits = setup.training, TRAITS[shape.family]
-    masked = prefix > 0 or traits.always_masked
-    masked |= form.sliding and shape.sliding_window is not None and training.seq_len > shape.sliding_window
+    rows, length = row_shape(training)
+    masked = prefix > 0 or traits.always_masked or has_masks(training)
+    masked |= form.sliding and shape.sliding_window is not None and length > shape.sliding_window
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     # Falcon: a single key head meets all heads in the products, which copy it where there are several
     # samples; several are copied to all heads before.
@@ -71,16 +74,18 @@ def attention_plan(
     grouped = groups < heads and not broadcast
     plan = partial(
         AttentionPlan,
-        b=training.micro_batch_size,
-        s=training.seq_len,
+        b=rows,
+        s=length,
         a=heads,
         k=groups,
         d=shape.head_dim,
-        keys=training.seq_len + prefix,
+        keys=length + prefix,
         dropout=shape.attention_dropout,
     )
     if training.attention == "eager" or not shape.sdpa:
         return plan(kernel="eager", masked=True, repeated=groups < heads)
+    if takes_lengths(training):
+        return plan(kernel="varlen", samples=training.micro_batch_size)
     if training.attention != "sdpa":
         repeated = grouped and (masked or training.attention == "efficient")
         return plan(kernel=training.attention, masked=masked, repeated=repeated)
@@ -132,7 +137,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
         out = _KERNELS[plan.kernel](ops, q, k, v, plan)
-    if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "cudnn"):
+    if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "varlen", "cudnn"):
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     answer = ops.linear(out, form.attention_output)
     ops.hold(x, q, k, v)
@@ -200,12 +205,16 @@ def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
 
     Backward (flash_api.cpp, mha_bwd): row sums [b, a, s] and dQ [b, s, a, d] in fp32, s rounded to 128
-    and d to 32; dK and dV for all heads where heads are grouped.
+    and d to 32; dK and dV for all heads where heads are grouped. Of n packed samples (mha_varlen_bwd) 128 rows
+    more for each, and a copy of an output that is not contiguous.
     """
     b, a, s, d = plan.b, plan.a, plan.s, plan.d
-    rows = -(-s // 128) * 128
+    varlen = plan.kernel == "varlen"
+    rows = s + 128 * plan.samples if varlen else -(-s // 128) * 128
     head = -(-d // 32) * 32 if d <= 192 else 256
     scratch = block_bytes(4 * b * a * rows) + block_bytes(4 * b * rows * a * head)
+    if varlen and ops.traits.rotary_cats:
+        scratch += q.size_bytes
     if plan.k != a:
         scratch += 2 * block_bytes(b * s * a * d * k.element)
     log_sum = Tensor(b * a * s, 4, False)
@@ -316,4 +325,4 @@ def _eager(
     return ops.op((dropped, v), q.numel, element, (dropped, v))
 
 
-_KERNELS = {"flash": _flash, "cudnn": _cudnn, "efficient": _efficient, "math": _math}
+_KERNELS = {"flash": _flash, "varlen": _flash, "cudnn": _cudnn, "efficient": _efficient, "math": _math}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, replace
 
+from planner.batching import has_masks, row_shape, takes_lengths
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.loss import LossMemory, chunked_loss_memory, hidden_for_head, loss_memory
@@ -152,7 +153,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         stretches=tuple(stretches),
         loss=loss,
         inputs_bytes=inputs_bytes,
-        tables_bytes=_tables_bytes(shape, training.seq_len, recipe_of(setup).base),
+        tables_bytes=_tables_bytes(shape, row_shape(training)[1], recipe_of(setup).base),
         masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base, ops.prefix),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         leaf_bytes=rows.size_bytes if hooked else 0,
@@ -163,9 +164,9 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
 
 def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
-    tokens = training.micro_batch_size * training.seq_len
+    rows, length = row_shape(training)
     prefix = _virtual_tokens(setup, "prefix_tuning")
-    return Operations(tokens, training.seq_len, recipe_of(setup), TRAITS[shape.family], prefix=prefix)
+    return Operations(rows * length, length, recipe_of(setup), TRAITS[shape.family], prefix=prefix)
 
 
 def _input(x: Tensor) -> Tensor:
@@ -174,9 +175,15 @@ def _input(x: Tensor) -> Tensor:
 
 
 def _inputs_bytes(training: Training) -> int:
-    """Token ids and labels (int64); HF Trainer's loop has those of every micro batch of the step."""
+    """Token ids and labels, and the mask of padding or the positions of packed samples (int64).
+
+    Flash attention on a packed row takes where samples begin, twice. HF Trainer's loop has the tensors of every
+    micro batch of the step.
+    """
     batches = training.gradient_accumulation_steps if training.loop == "trainer" else 1
-    return 2 * batches * block_bytes(8 * training.micro_batch_size * training.seq_len)
+    each = 2 if training.batching == "full" else 3
+    lengths = 2 * block_bytes(4 * (training.micro_batch_size + 1)) if takes_lengths(training) else 0
+    return batches * (each * block_bytes(8 * training.micro_batch_size * training.seq_len) + lengths)
 
 
 def _tables_bytes(shape: Architecture, seq_len: int, element: int) -> int:
@@ -190,13 +197,18 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     """Masks [b, 1, s, s], one for each kind of layer; transformers 5.23, masking_utils.py.
 
     Eager attention always has them, in the embeddings' type. Fused attention has one of bools where a
-    sliding window is shorter than the sequence, or keys of a prefix come first.
+    sliding window is shorter than the sequence, or keys of a prefix come first; where samples are padded or
+    packed, one for each kind of layer.
     """
-    b, s = training.micro_batch_size, training.seq_len
+    b, s = row_shape(training)
     sliding = len(shape.sliding_layers)
     if training.attention == "eager" or not shape.sdpa:
         kinds = (sliding > 0) + (sliding < shape.num_layers)
         return kinds * block_bytes(b * s * (s + prefix) * element)
+    if takes_lengths(training):
+        return 0
+    if has_masks(training):
+        return ((sliding > 0) + (sliding < shape.num_layers)) * block_bytes(b * s * (s + prefix))
     if prefix or TRAITS[shape.family].always_masked:
         return block_bytes(b * s * (s + prefix))
     if shape.sliding_window is not None and sliding and s > shape.sliding_window:

@@ -105,15 +105,34 @@ def flash_backward(args: Sequence[Any], out: Any) -> list[int]:
     query, key = args[1], args[2]
     batch, heads, rows, head = query.shape
     rows_rounded = _rounded(rows, 128)
-    head_rounded = _rounded(head, 32) if head <= 192 else 256
     sizes = [
         _numel_bytes((batch, heads, rows_rounded), 4),
-        _numel_bytes((batch, rows_rounded, heads, head_rounded), 4),
+        _numel_bytes((batch, rows_rounded, heads, _flash_width(head)), 4),
     ]
     if key.shape[1] != heads:
         expanded = _numel_bytes((batch, key.shape[2], heads, head), key.element_size())
         sizes += [expanded, expanded]
     return sizes
+
+
+def varlen_flash_backward(args: Sequence[Any], out: Any) -> list[int]:
+    """flash_api.cpp, mha_varlen_bwd, of samples in a row `[T, heads, d]`; as `flash_backward` but for rows.
+
+    Each sample's rows lie 128 apart from the next one's. Gradient and output are copied first where they are
+    not contiguous (attention_backward.cu, _flash_attention_backward).
+    """
+    query, key, samples = args[1], args[2], args[6].numel() - 1
+    tokens, heads, head = query.shape
+    rows = tokens + 128 * samples
+    copied = [t.numel() * t.element_size() for t in (args[0], args[4]) if not t.is_contiguous()]
+    sums = [_numel_bytes((heads, rows), 4), _numel_bytes((rows, heads, _flash_width(head)), 4)]
+    if key.shape[1] == heads:
+        return [*copied, *sums]
+    return [*copied, *sums, *[_numel_bytes((key.shape[0], heads, head), key.element_size())] * 2]
+
+
+def _flash_width(head: int) -> int:
+    return _rounded(head, 32) if head <= 192 else 256
 
 
 def cudnn_backward(args: Sequence[Any], out: Any) -> list[int]:
@@ -203,6 +222,7 @@ def radix_sort_bytes(count: int, key_bytes: int) -> int:
 SCRATCH: dict[Any, Callable[[Sequence[Any], Any], list[int]]] = {
     aten._softmax_backward_data.default: softmax_backward,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._flash_attention_backward.default: varlen_flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_backward,
     aten.embedding_dense_backward.default: embedding_backward,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from planner.batching import has_masks
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
@@ -59,6 +60,7 @@ def simulate(
     """
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
     options: dict[str, Any] = {"gpu": device, "allocator": allocator, "limit_bytes": limit_bytes}
+    options["has_masks"] = has_masks(setup.training)
     simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)
     if watch:
         watch(simulation)

@@ -21,6 +21,7 @@ from planner.simulate.attention import AttentionRules
 from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
+from planner.simulate.mask_forms import mask_forms
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
 from planner.simulate.paged_forms import paged_forms
 from planner.simulate.peft_forms import peft_forms
@@ -48,14 +49,16 @@ class Simulation:
         limit_bytes: int | None = None,
         progress: Progress | None = None,
         tracer: type[Tracer] = Tracer,
+        has_masks: bool = False,
     ) -> None:
-        """An empty device."""
+        """An empty device. `has_masks`: samples are padded, or packed so that attention needs a mask."""
         capability = gpu.capability if gpu else None
         self.allocator = CachingAllocator(allocator or AllocatorConfig(), device_bytes=limit_bytes)
         self.ledger = Ledger(self.allocator)
         self.modules = Modules()
         self.tracer = tracer(self.ledger, Workspaces(capability=capability), self.modules)
         self.rules = AttentionRules(capability=capability)
+        self.has_masks = has_masks
         self.progress = progress
         self.phases: list[Phase] = []
         self.peak_reserved_bytes = 0
@@ -78,6 +81,8 @@ class Simulation:
                 stack.enter_context(quantized_forms())
                 stack.enter_context(paged_forms(self.ledger.count_paged))
                 stack.enter_context(peft_forms(self.tracer))
+                if self.has_masks:
+                    stack.enter_context(mask_forms(self.tracer))
                 stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", self.ledger.empty_cache))
                 stack.enter_context(self.tracer)
                 yield

@@ -141,6 +141,7 @@ class Tracer(TorchDispatchMode):
         self.modules = modules
         self.phase = ""
         self.masks_hold = False  # where it is known that a mask leaves nothing out,
+        self.all_hold = True  # or, asked of a whole mask, that it does leave something out,
         self.chosen: int | None = None  # how many places or distinct values there are,
         self.count = 1  # what a whole number on the device is
         self._last_any = 0
@@ -247,7 +248,7 @@ class Tracer(TorchDispatchMode):
         whether anything is infinite. Counts are `count`, other numbers 0.
         """
         if tensor.dtype == torch.bool:
-            return bool(tensor.untyped_storage()._cdata != self._last_any)
+            return self.all_hold and tensor.untyped_storage()._cdata != self._last_any
         return 0.0 if tensor.is_floating_point() else self.count
 
     def _part(self) -> tuple[str, bool]:

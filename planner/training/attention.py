@@ -1,4 +1,4 @@
-"""Which attention kernel the step may use."""
+"""Which attention the step runs, and which kernel it may use."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from contextlib import contextmanager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations import sdpa_attention
 
-__all__ = ["attention_kernels"]
+from planner.batching import takes_lengths
+from planner.spec import Training
+from planner.training.packed_attention import PACKED_ATTENTION
+
+__all__ = ["attention_kernels", "implementation"]
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+
+
+def implementation(training: Training) -> str:
+    """transformers' name for it; where a model knows no fused attention, eager takes its place."""
+    if training.attention == "eager":
+        return "eager"
+    return PACKED_ATTENTION if takes_lengths(training) else "sdpa"
 
 
 @contextmanager

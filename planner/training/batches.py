@@ -10,12 +10,46 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from planner.batching import sample_lengths, takes_lengths
 from planner.model import Task
+from planner.spec import Training
 
-__all__ = ["tokens_asked_for"]
+__all__ = ["samples", "tokens_asked_for"]
 
 
-def tokens_asked_for(batches: Sequence[dict[str, torch.Tensor]], net: nn.Module, task: Task) -> Any:
+def samples(training: Training, ids: torch.Tensor) -> dict[str, Any]:
+    """What a collator makes of token ids `[b, s]` (packed `[1, b s]`), all int64 but the lengths (int32).
+
+    Full: the ids alone. Padded: shorter samples filled up with token 0, which their labels and mask leave
+    out, as transformers' collators pad on the right. Packed: what its DataCollatorWithFlattening returns, for
+    flash attention with `return_flash_attn_kwargs`; no token is predicted from the sample before it.
+    """
+    s = training.seq_len
+    if training.batching == "full":
+        return {"input_ids": ids}
+    if training.batching == "padded":
+        lengths = torch.tensor(sample_lengths(training))
+        there = torch.arange(s) < lengths[:, None]
+        return {
+            "input_ids": ids * there,
+            "attention_mask": there.long(),
+            "labels": ids.masked_fill(~there, -100),
+        }
+    positions = (torch.arange(ids.shape[1]) % s).view(1, -1)
+    batch: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": ids.masked_fill(positions == 0, -100),
+        "position_ids": positions,
+    }
+    if takes_lengths(training):
+        for name in ("q", "k"):
+            batch[f"cu_seq_lens_{name}"] = torch.arange(0, ids.shape[1] + 1, s, dtype=torch.int32)
+            batch[f"max_length_{name}"] = s
+    return batch
+
+
+
+def tokens_asked_for(batches: Sequence[dict[str, Any]], net: nn.Module, task: Task) -> Any:
     """The labels of a step that are asked for, which HF Trainer divides the sum of the losses by.
 
     A tensor without dimensions; None where the model takes no such number. Source: transformers 5.23,

@@ -22,10 +22,10 @@ _AUTO_CLASSES = {
 }
 
 
-def skeleton(model: Model, *, dtype: torch.dtype, eager: bool = False) -> nn.Module:
+def skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
     """transformers' own class for the model, on the `meta` device, in training mode.
 
-    Remote code is never run. Raises ModelError with transformers' reason where it cannot be built.
+    `attention` is transformers' name of an implementation. Remote code is never run. Raises ModelError with transformers' reason where it cannot be built.
     """
     if model.is_bare:
         raise ModelError(
@@ -40,7 +40,7 @@ def skeleton(model: Model, *, dtype: torch.dtype, eager: bool = False) -> nn.Mod
             net = factory.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation="sdpa" if fused and not eager else "eager",
+                attn_implementation=attention if fused else "eager",
                 trust_remote_code=False,
             )
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:

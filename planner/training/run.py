@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.batching import row_shape
 from planner.errors import SetupError
 from planner.spec import QLoRA, Setup
 from planner.training.attach import attached, move_trained
-from planner.training.attention import attention_kernels
-from planner.training.batches import tokens_asked_for
+from planner.training.attention import attention_kernels, implementation
+from planner.training.batches import samples, tokens_asked_for
 from planner.training.build import loaded, skeleton
 from planner.training.losses import chunked
 from planner.training.optimizers import optimizer_for, require_library
@@ -63,7 +64,7 @@ class TrainingRun:
         self.net = skeleton(
             setup.model,
             dtype=loaded_dtype(setup),
-            eager=setup.training.attention == "eager",
+            attention=implementation(setup.training),
         )
         if isinstance(setup.method, QLoRA):
             from planner.training.quantize import quantizable
@@ -75,7 +76,7 @@ class TrainingRun:
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
         self._kept: Any = None
-        self._waiting: list[dict[str, torch.Tensor]] = []
+        self._waiting: list[dict[str, Any]] = []
         self._vocabulary = 0
 
     def prepare(self) -> None:
@@ -127,7 +128,7 @@ class TrainingRun:
             self._optimize(training.clip_grad_norm)
         self._kept = None
 
-    def _batches(self) -> tuple[Iterator[dict[str, torch.Tensor]], Any]:
+    def _batches(self) -> tuple[Iterator[dict[str, Any]], Any]:
         """The step's micro batches, and what the sum of their losses is divided by (None: their number).
 
         The plain loop makes each at its turn; HF Trainer's has all of them on the device, beside those of the
@@ -140,7 +141,7 @@ class TrainingRun:
         self._waiting = list(each)
         return iter(self._waiting), tokens_asked_for(self._waiting, self.net, self.setup.model.task)
 
-    def _micro_batch(self, number: int, inputs: dict[str, torch.Tensor], items: Any) -> None:
+    def _micro_batch(self, number: int, inputs: dict[str, Any], items: Any) -> None:
         """Forward and backward pass of one micro batch.
 
         The plain loop says `outputs = model(**batch)` and holds all of it to the end of the step; HF
@@ -164,7 +165,7 @@ class TrainingRun:
         """Entered around each micro batch: where ranks share the run, they meet after the last one."""
         return nullcontext()
 
-    def _outputs(self, inputs: dict[str, torch.Tensor]) -> Any:
+    def _outputs(self, inputs: dict[str, Any]) -> Any:
         """The forward pass."""
         return self.net(**inputs)
 
@@ -181,7 +182,7 @@ class TrainingRun:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.setup.training.zero_grad == "none")
 
-    def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    def _loss(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """The loss and the output object."""
         dtype = self.autocast_dtype
         if dtype is None:
@@ -194,13 +195,20 @@ class TrainingRun:
             outputs = convert_outputs_to_fp32(lambda: outputs)()
         return outputs.loss, outputs
 
-    def _inputs(self) -> dict[str, torch.Tensor]:
-        """Random token ids `[b, s]` (int64) and labels, without an attention mask: no padding."""
+    def _inputs(self) -> dict[str, Any]:
+        """Random token ids (int64), labels, and what the setup's batching and method put beside them."""
         training = self.setup.training
-        shape = (training.micro_batch_size, training.seq_len)
-        ids = torch.randint(0, self._vocabulary, shape)
+        ids = torch.randint(0, self._vocabulary, row_shape(training))
         more = method_batch(self.setup.method, ids)
-        ids = ids.to(self.device)
-        labels = ids.clone() if self.separate_labels else ids
-        batch = {"input_ids": ids, "labels": labels}
-        return batch | {name: tensor.to(self.device) for name, tensor in more.items()}
+        batch = _brought(samples(training, ids), self.device)
+        if "labels" not in batch:
+            ids = batch["input_ids"]
+            batch["labels"] = ids.clone() if self.separate_labels else ids
+        return batch | _brought(more, self.device)
+
+
+def _brought(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Its tensors on the device; numbers stay."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }

@@ -1,0 +1,127 @@
+"""How a micro batch holds its samples: all of one length, padded to one, or packed into one row.
+
+Read off transformers 5.23: data/data_collator.py (what collators return), masking_utils.py (which masks are
+made of it), models/*/modeling_*.py (which models tell packed samples apart).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from planner.checks import choice
+from planner.errors import SetupError
+from planner.methods import Method, PeftConfig
+from planner.model import Model
+
+if TYPE_CHECKING:
+    from planner.catalog.gpus import Gpu
+    from planner.spec import Training
+
+__all__ = ["Batching", "check_batch", "check_batching", "has_masks", "row_shape", "sample_lengths", "takes_lengths"]
+
+Batching = Literal["full", "padded", "packed"]
+
+# These models hand positions to the function that makes their mask, which so knows where a sample begins.
+_APART_BY_POSITIONS = (
+    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral"),
+    *("olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+)
+_APART_BY_LENGTHS = ("opt",)  # hands on the lengths alone; BLOOM and Falcon hand on neither
+_FLASH_CAPABILITY = (8, 0)  # flash_api.cpp, mha_varlen_fwd: Ampere or newer
+_FLASH_HEAD_MULTIPLE = 8  # flash_api.cpp: only dense attention pads heads to it
+# peft 0.21, PromptLearningConfig: PeftModelForCausalLM.forward drops or shifts the positions of a batch.
+_PROMPT_METHODS = (
+    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+)
+
+
+def row_shape(training: Training) -> tuple[int, int]:
+    """Rows and their tokens: [b, s], packed [1, b s]."""
+    b, s = training.micro_batch_size, training.seq_len
+    return (1, b * s) if training.batching == "packed" else (b, s)
+
+
+def sample_lengths(training: Training) -> tuple[int, ...]:
+    """Tokens of each sample before it is padded: the last has half of `seq_len`, those before it more.
+
+    Memory does not depend on them: a batch with padding anywhere is padded everywhere.
+    """
+    b, s = training.micro_batch_size, training.seq_len
+    if training.batching != "padded":
+        return (s,) * b
+    return tuple(s - s * (i + 1) // (2 * b) for i in range(b))
+
+
+def takes_lengths(training: Training) -> bool:
+    """Whether attention is told the samples' lengths and needs no mask: flash attention on a packed row."""
+    return training.batching == "packed" and training.attention == "flash"
+
+
+def has_masks(training: Training) -> bool:
+    """Whether attention gets a mask for the way samples are held: padding, or several samples in a row."""
+    several = training.batching == "packed" and training.micro_batch_size > 1
+    return (training.batching == "padded" or several) and not takes_lengths(training)
+
+
+def check_batch(training: Training) -> None:
+    """Refuse another name, and padding that cannot be. Raises SetupError."""
+    choice("batching", training.batching, get_args(Batching))
+    if training.batching != "padded":
+        return
+    if training.attention == "flash":
+        raise SetupError(
+            "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient or "
+            "eager, or batching packed."
+        )
+    if training.seq_len < 2:
+        raise SetupError(
+            f"batching padded needs samples shorter than seq_len, and seq_len is {training.seq_len}; give 2 or "
+            "more, or choose batching full."
+        )
+
+
+def check_batching(model: Model, method: Method, training: Training, gpu: Gpu | None) -> None:
+    """Refuse packing where samples would see each other, or the kernel is not there. Raises SetupError."""
+    if training.batching != "packed" or model.is_bare:
+        return
+    instead = "choose batching padded or full."
+    if model.task != "causal-lm":
+        raise SetupError(f"batching packed is for causal language models, and {model.id} is none; {instead}")
+    family = model.config.get("model_type")
+    if family in _APART_BY_LENGTHS and not takes_lengths(training):
+        raise SetupError(
+            f"{model.id} tells packed samples apart by their lengths alone, which attention "
+            f"{training.attention} does not take; choose attention flash, or batching padded or full."
+        )
+    if family not in (*_APART_BY_POSITIONS, *_APART_BY_LENGTHS):
+        raise SetupError(
+            f"batching packed needs a model whose code is known to keep packed samples apart, and {model.id} "
+            f"({family}) is none; {instead}"
+        )
+    if isinstance(method, PeftConfig):
+        _check_peft(method, instead)
+    if takes_lengths(training):
+        _check_kernel(model, gpu)
+
+
+def _check_peft(method: PeftConfig, instead: str) -> None:
+    values = method.values
+    kind = str(values["peft_type"]).upper()
+    if kind in _PROMPT_METHODS:
+        raise SetupError(f"peft's {kind} puts vectors before a row and drops its positions; {instead}")
+    if values.get("alora_invocation_tokens"):
+        raise SetupError(f"an activated LoRA acts from one place of a row on, not of each sample; {instead}")
+
+
+def _check_kernel(model: Model, gpu: Gpu | None) -> None:
+    if gpu is not None and gpu.capability is not None and gpu.capability < _FLASH_CAPABILITY:
+        raise SetupError(
+            f"attention flash needs capability 8.0, {gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}; "
+            "choose attention sdpa, efficient or eager."
+        )
+    known = model.architecture
+    if known is not None and known.head_dim % _FLASH_HEAD_MULTIPLE:
+        raise SetupError(
+            f"attention flash takes packed heads of a multiple of {_FLASH_HEAD_MULTIPLE}, {model.id} has "
+            f"{known.head_dim}; choose attention sdpa, efficient or eager."
+        )
