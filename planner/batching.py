@@ -17,21 +17,31 @@ if TYPE_CHECKING:
     from planner.catalog.gpus import Gpu
     from planner.spec import Training
 
-__all__ = ["Batching", "check_batch", "check_batching", "has_masks", "row_shape", "sample_lengths", "takes_lengths"]
+__all__ = [
+    "Batching",
+    "check_batch",
+    "check_batching",
+    "has_masks",
+    "row_shape",
+    "sample_lengths",
+    "takes_lengths",
+]
 
 Batching = Literal["full", "padded", "packed"]
 
 # These models hand positions to the function that makes their mask, which so knows where a sample begins.
 _APART_BY_POSITIONS = (
-    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral"),
+    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral"),
     *("olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
 )
-_APART_BY_LENGTHS = ("opt",)  # hands on the lengths alone; BLOOM and Falcon hand on neither
+_APART_BY_LENGTHS = ("opt",)  # hands on the lengths alone; BLOOM, Falcon and gpt-oss hand on neither
+_WITHOUT_LENGTHS = ("stablelm",)  # hands them to no layer's attention
 _FLASH_CAPABILITY = (8, 0)  # flash_api.cpp, mha_varlen_fwd: Ampere or newer
 _FLASH_HEAD_MULTIPLE = 8  # flash_api.cpp: only dense attention pads heads to it
 # peft 0.21, PromptLearningConfig: PeftModelForCausalLM.forward drops or shifts the positions of a batch.
 _PROMPT_METHODS = (
-    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+    *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
 )
 
 
@@ -70,13 +80,13 @@ def check_batch(training: Training) -> None:
         return
     if training.attention == "flash":
         raise SetupError(
-            "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient or "
-            "eager, or batching packed."
+            "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient "
+            "or eager, or batching packed."
         )
     if training.seq_len < 2:
         raise SetupError(
-            f"batching padded needs samples shorter than seq_len, and seq_len is {training.seq_len}; give 2 or "
-            "more, or choose batching full."
+            f"batching padded needs samples shorter than seq_len, and seq_len is {training.seq_len}; give 2 "
+            "or more, or choose batching full."
         )
 
 
@@ -101,6 +111,11 @@ def check_batching(model: Model, method: Method, training: Training, gpu: Gpu | 
     if isinstance(method, PeftConfig):
         _check_peft(method, instead)
     if takes_lengths(training):
+        if family in _WITHOUT_LENGTHS:
+            raise SetupError(
+                f"{model.id} tells packed samples apart by their positions alone, and attention flash takes "
+                "their lengths; choose attention sdpa, efficient or eager."
+            )
         _check_kernel(model, gpu)
 
 

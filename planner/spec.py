@@ -65,7 +65,7 @@ class Training:
     is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
     `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few.
-    `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into one row [1, b s].
+    `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
     micro_batch_size: int = 1

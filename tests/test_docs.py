@@ -35,6 +35,7 @@ PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
 PHASES = re.compile(r"(<!-- published phases -->\n).*?(<!-- end -->)", re.DOTALL)
 SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n).*?(<!-- end -->)", re.DOTALL)
+BATCHING = re.compile(r"(<!-- batching -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDED = re.compile(r"(<!-- recorded -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -240,6 +241,7 @@ def rewritten(text: str) -> str:
     text = PUBLISHED.sub(lambda found: found[1] + published_table() + found[2], text)
     text = RECORDED.sub(lambda found: found[1] + recorded_text() + found[2], text)
     text = OPTIMIZERS.sub(lambda found: found[1] + optimizer_table() + found[2], text)
+    text = BATCHING.sub(lambda found: found[1] + batching_table() + found[2], text)
     text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
 
@@ -299,6 +301,33 @@ def estimated_gradients() -> int:
 
 def test_the_table_of_optimizers_is_today_s() -> None:
     assert f"<!-- optimizers -->\n{optimizer_table()}<!-- end -->" in README.read_text()
+
+
+def batching_table() -> str:
+    """Peaks by formula of one batch held in each way, per attention, with and without checkpoints."""
+    from planner import LoRA, Setup, Training, estimate
+    from planner.units import gib
+
+    head = "| samples | attention | peak | with checkpointing |"
+    rows = [head, "| --- | --- | --- | --- |"]
+    choices = [(kind, name) for kind in ("full", "padded", "packed") for name in ("flash", "sdpa", "eager")]
+    for batching, attention in choices:
+        if (batching, attention) == ("padded", "flash"):
+            continue
+        training = Training(
+            micro_batch_size=8, seq_len=1024, loss="chunked", batching=batching, attention=attention
+        )
+        setup = Setup(model="meta-llama/Llama-3.1-8B", method=LoRA(), training=training)
+        peaks = [
+            gib(estimate(setup.replace(activation_checkpointing=saves)).peak_allocated_bytes)
+            for saves in (False, True)
+        ]
+        rows.append(f"| `{batching}` | `{attention}` | {' | '.join(peaks)} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_of_batching_is_today_s() -> None:
+    assert f"<!-- batching -->\n{batching_table()}<!-- end -->" in README.read_text()
 
 
 def phases_table() -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.batching import has_masks, row_shape
 from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport
-from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup
+from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup, Training
 from planner.units import gib
 
 __all__ = ["Term", "terms"]
@@ -185,9 +186,17 @@ def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
         formula,
         f"b = {training.micro_batch_size}, s = {training.seq_len:,}, h = {shape.hidden_size:,}, "
         f"l = {shape.num_layers}, a = {shape.num_attention_heads} heads, f = {shape.intermediate_size:,}: "
-        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.",
+        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.{_mask(training)}",
         "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation",
     )
+
+
+def _mask(training: Training) -> str:
+    """What is said where padded or packed samples bring a mask to attention."""
+    if not has_masks(training):
+        return ""
+    rows, length = row_shape(training)
+    return f" Samples are {training.batching}: attention has a mask of {rows} x {length:,} x {length:,}."
 
 
 def _logits(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:

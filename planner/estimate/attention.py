@@ -56,9 +56,10 @@ def attention_plan(
     """The kernel for one layer, as torch chooses it for the GPU (none given: Ampere).
 
     `element` is the bytes of q, k and v. A mask (a sliding window shorter than the sequence, padding, several
-    samples in a row) rules out flash, but for the one that is told their lengths (`varlen`); then transformers repeats keys and values for all heads, which else only flash and cuDNN take
-    grouped. cuDNN comes first on capability 9 and 10. The math kernel takes what no other does, so bfloat16
-    before Ampere (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
+    samples in a row) rules out flash, but for the one told their lengths (`varlen`); then transformers
+    repeats keys and values for all heads, which else only flash and cuDNN take grouped. cuDNN comes first on
+    capability 9 and 10. The math kernel takes what no other does, so bfloat16 before Ampere
+    (check_tensor_dtype, less_than_sm80_mem_efficient_dtypes).
     """
     training, traits = setup.training, TRAITS[shape.family]
     rows, length = row_shape(training)
@@ -205,8 +206,8 @@ def _flash(ops: Operations, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     """Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
 
     Backward (flash_api.cpp, mha_bwd): row sums [b, a, s] and dQ [b, s, a, d] in fp32, s rounded to 128
-    and d to 32; dK and dV for all heads where heads are grouped. Of n packed samples (mha_varlen_bwd) 128 rows
-    more for each, and a copy of an output that is not contiguous.
+    and d to 32; dK and dV for all heads where heads are grouped. For each of several packed
+    samples 128 rows more (mha_varlen_bwd), and a copy of an output that is not contiguous.
     """
     b, a, s, d = plan.b, plan.a, plan.s, plan.d
     varlen = plan.kernel == "varlen"

@@ -177,8 +177,8 @@ def _input(x: Tensor) -> Tensor:
 def _inputs_bytes(training: Training) -> int:
     """Token ids and labels, and the mask of padding or the positions of packed samples (int64).
 
-    Flash attention on a packed row takes where samples begin, twice. HF Trainer's loop has the tensors of every
-    micro batch of the step.
+    Flash attention on a packed row takes where samples begin, twice. HF Trainer's loop has the tensors of
+    every micro batch of the step.
     """
     batches = training.gradient_accumulation_steps if training.loop == "trainer" else 1
     each = 2 if training.batching == "full" else 3

@@ -107,8 +107,7 @@ model/config.json   the shape of the model that was planned
 requirements.txt    the versions this was tested with
 {files}
 It prints how many parameters are trained and, on a CUDA device, the peak of allocated memory beside the
-planned one. The learning rate is a common value and no advice. Samples are cut from the text one after the
-other, without padding; {data}
+planned one. The learning rate is a common value and no advice. {samples}; {data}
 Code from the hub is never run. The card must also hold the CUDA context and the allocator's reserve.
 """
 
@@ -117,6 +116,11 @@ accelerate.yaml     how accelerate shares the run; launch.sh uses it
 *.sh, slurm.sbatch  the same by accelerate, by torchrun (not for DeepSpeed), in a SLURM cluster
 """
 
+_SAMPLES = {
+    "full": "Samples are cut from the text one after the\nother, without padding",
+    "padded": "A line of the text is a\nsample, cut to the planned length or padded to it",
+    "packed": "A line of the text is a\nsample, cut to the planned length; as many as planned stand in a row",
+}
 _DATA = {
     "causal-lm": "the labels are the tokens themselves.",
     "masked-lm": "15 % of the tokens are masked and asked for.",
@@ -138,6 +142,7 @@ def _readme(setup: Setup, values: dict[str, Any]) -> str:
         peak=peak,
         trained="" if trained is None else f" Trained: {count(trained)} parameters.",
         weights="your own model (--model FOLDER)" if values["model"] == "model" else values["model"],
+        samples=_SAMPLES[training.batching],
         data=_DATA[setup.model.task],
         launch=f"{launch_lines(setup)}\n" if setup.sharding.is_distributed else "",
         files=_LAUNCH_FILES if setup.sharding.is_distributed else "",

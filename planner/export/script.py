@@ -5,6 +5,8 @@ The loop is that of `planner.training.run`; tests run the script and hold its co
 
 from __future__ import annotations
 
+from planner.batching import takes_lengths
+from planner.export.batches import VARLEN, batches, sent, varlen_line
 from planner.export.loops import CHUNKED_LOSS, chunked_line, one_step
 from planner.export.methods import PIECES, piece_name
 from planner.export.shared import SHARED_STEP, shared_lines, shared_save
@@ -35,7 +37,7 @@ import contextlib
 {bitsandbytes}{peft}import torch
 import transformers
 from accelerate import Accelerator{partial}
-{safetensors}{nn}{fsdp}from torch.nn.attention import SDPBackend, sdpa_kernel
+{send}{safetensors}{nn}{fsdp}from torch.nn.attention import SDPBackend, sdpa_kernel
 {checkpoint}from transformers import AutoConfig, {auto_class}, AutoTokenizer{quantization}
 from transformers.integrations import sdpa_attention
 {outputs}
@@ -105,7 +107,7 @@ def loaded(name, settings):
     options["dtype"] = {dtype}
     if settings["attention"] == "eager":
         options["attn_implementation"] = "eager"
-{random}    return {auto_class}.from_pretrained(folder or name, **options)
+{varlen}{random}    return {auto_class}.from_pretrained(folder or name, **options)
 
 
 def folder_of(name):
@@ -166,25 +168,7 @@ def attention(kind, device):
         sdpa_attention.use_gqa_in_sdpa = grouped
 
 
-def batches(settings, vocabulary, data, name):
-    """Endless micro batches of token ids [micro_batch_size, seq_len] and labels, without padding."""
-    size, length = settings["micro_batch_size"], settings["seq_len"]
-    if data is None:
-        while True:
-            ids = torch.randint(0, vocabulary, (size, length))
-            yield {"input_ids": ids, "labels": ids.clone()}
-    tokenizer = AutoTokenizer.from_pretrained(folder_of(name) or name, trust_remote_code=False)
-    transformers.logging.set_verbosity_error()  # the text is cut below, so its length is no matter
-    ids = torch.tensor(tokenizer(data.read_text(encoding="utf-8"))["input_ids"])
-    if len(ids) == 0:
-        raise SystemExit(f"{data} holds no text.")
-    samples = ids.repeat(-(-length // len(ids)))
-    samples = samples[: len(samples) // length * length].view(-1, length)
-    while True:
-        for chosen in torch.randperm(len(samples)).repeat(-(-size // len(samples))).split(size):
-            if len(chosen) == size:
-                yield example(samples[chosen], tokenizer)
-'''
+{batches}'''
 
 _ALONE = {
     "accelerator": 'accelerator = Accelerator(mixed_precision=AUTOCAST.get(settings["precision"], "no"))',
@@ -249,6 +233,7 @@ if __name__ == "__main__":
 def script(setup: Setup) -> str:
     """train.py for method, task and kind of optimizer of a setup; its values stand in settings.json."""
     shared, chunked = setup.sharding.is_distributed, setup.training.loss == "chunked"
+    lengths = takes_lengths(setup.training)
     task, eight_bits = setup.model.task, setup.training.optimizer in EIGHT_BIT
     piece = PIECES[piece_name(setup.method)]
     quantized, lines = piece.quantized, shared_lines(setup) if shared else _ALONE
@@ -269,11 +254,17 @@ def script(setup: Setup) -> str:
         checkpoint="from torch.utils.checkpoint import checkpoint\n" if chunked else "",
         outputs="from transformers.modeling_outputs import CausalLMOutput\n" if chunked else "",
         chunked=chunked_line(setup.training),
+        send="from accelerate.utils import send_to_device\n" if lengths else "",
+        varlen=varlen_line(setup.training),
         **({**lines, "to_device": ""} if quantized else lines),
     )
     step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
-    step = step.replace("{one_step}", SHARED_STEP if shared else one_step(setup.training))
+    own = SHARED_STEP if shared else one_step(setup.training)
+    step = step.replace("{one_step}", sent(own, setup.training))
+    step = step.replace("{batches}", batches(setup.training))
     save = shared_save(piece) if shared else piece.save
     loss = CHUNKED_LOSS if chunked else ""
     dtype = _WEIGHT_DTYPE if quantized else ""
-    return head + dtype + loss + piece.attached + step + _EXAMPLES[task] + save + _END
+    packed = setup.training.batching == "packed"
+    example = "" if packed else _EXAMPLES[task]
+    return head + dtype + loss + piece.attached + step + example + save + (VARLEN if lengths else "") + _END

@@ -21,8 +21,8 @@ from planner.simulate.attention import AttentionRules
 from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
 from planner.simulate.kernels import Workspaces
-from planner.simulate.mask_forms import mask_forms
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
+from planner.simulate.mask_forms import mask_forms
 from planner.simulate.paged_forms import paged_forms
 from planner.simulate.peft_forms import peft_forms
 from planner.simulate.quantized_forms import quantized_forms

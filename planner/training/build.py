@@ -25,7 +25,8 @@ _AUTO_CLASSES = {
 def skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
     """transformers' own class for the model, on the `meta` device, in training mode.
 
-    `attention` is transformers' name of an implementation. Remote code is never run. Raises ModelError with transformers' reason where it cannot be built.
+    `attention` is transformers' name of an implementation. Remote code is never run. Raises ModelError with
+    transformers' reason where it cannot be built.
     """
     if model.is_bare:
         raise ModelError(

@@ -159,7 +159,7 @@ def test_every_field_survives_the_command_line(answer):
         "micro_batch_size": 2, "seq_len": 128, "gradient_accumulation_steps": 3, "precision": "bf16-mixed",
         "optimizer": "adamw-fused", "attention": "eager", "clip_grad_norm": 1.5, "lora_rank": 4,
         "lora_alpha": 12.0, "lora_dropout": 0.1, "lora_bias": "none", "target_modules": "all-linear",
-        "zero_grad": "zero", "loop": "trainer", "loss": "chunked",
+        "zero_grad": "zero", "loop": "trainer", "loss": "chunked", "batching": "padded",
     }  # fmt: skip
     assert set(typed) | {"activation_checkpointing"} == {
         item.name for cls in (Training, METHODS["lora"]) for item in dataclasses.fields(cls)

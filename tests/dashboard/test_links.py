@@ -19,7 +19,8 @@ OTHER = {
     "seq_len": 640, "micro_batch_size": 3, "precision": "bf16-mixed", "activation_checkpointing": True,
     "clip_grad_norm": 0.5, "lora_rank": 16, "lora_dropout": 0.05, "target_modules": "q_proj,v_proj",
     "adapter_kind": "houlsby", "adapter_size": 32, "trainable_params": 5_000_000, "attention": "eager",
-    "zero_grad": "zero", "loop": "trainer", "num_gpus": 4, "sharding": "ddp", "gpus_per_node": 2,
+    "zero_grad": "zero", "loop": "trainer", "batching": "padded",
+    "num_gpus": 4, "sharding": "ddp", "gpus_per_node": 2,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from planner.report import PARTS, MemoryReport
 from planner.simulate import simulate
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA, Setup, Training
 
+from .batch_cases import BATCH_CASES
 from .shapes import shortened
 from .step_cases import STEP_CASES
 from .varied_setups import VARIED, Varied
@@ -208,6 +209,7 @@ CASES: list[Case] = [
     ],
     (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 64, "gradient_accumulation_steps": 3}),
     *STEP_CASES,
+    *BATCH_CASES,
     # GPUs whose kernels differ: cuDNN and larger workspaces, the math kernel for grouped heads
     *[
         (model, LORA, {"micro_batch_size": 1, "seq_len": 1024, "gpu": gpu, "precision": precision})

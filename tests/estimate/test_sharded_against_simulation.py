@@ -74,6 +74,10 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (UNTIED, FULL, {**FUSED, "optimizer": "sgd"}, {**EIGHT, "prefetch": 1}),
     (UNTIED, FULL, {**FUSED, "optimizer": "adamw-single", "clip_grad_norm": 1.0}, EIGHT),
     (QWEN3, FULL, {**FUSED, "seq_len": 64}, {"num_gpus": 32, "sharding": "fsdp"}),
+    # samples padded, or packed into one row
+    (TIED, FULL, {**FUSED, "batching": "padded"}, EIGHT),
+    (TIED, FULL, {**FUSED, "batching": "packed", "activation_checkpointing": True}, EIGHT),
+    (UNTIED, LORA, {**MIXED, "batching": "packed", "attention": "flash"}, {"num_gpus": 4, "sharding": "ddp"}),
 ]
 
 

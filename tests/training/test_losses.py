@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import SetupError
 from planner.losses import LOSS_CHUNK_TOKENS
@@ -73,24 +74,42 @@ def _no_phases(_name: str, _step: int | None) -> Any:
     return contextlib.nullcontext()
 
 
-def test_labels_that_are_not_asked_for_change_no_byte() -> None:
-    """-100 in labels: the full loss keeps as much for its backward pass, tensor by tensor."""
-    kept: list[list[int]] = []
-    for share in (0.0, 0.5, 1.0):
-        logits = torch.randn(1, 64, 50, requires_grad=True)
-        labels = torch.randint(0, 50, (1, 64)).masked_fill(torch.rand(1, 64) < share, -100)
-        kept.append([])
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.nbytes) or t, lambda t: t):
-            _full(logits, _Head(), labels, torch.tensor(64.0))
-    assert kept[0] == kept[1] == kept[2]
-    assert 64 * 50 * 4 in kept[0]  # the log-softmax, of every token
+CHUNK_BYTES = LOSS_CHUNK_TOKENS * 50 * 4  # of 50 logits in fp32
 
 
-class _Head(nn.Module):
-    out_features = 50
+@pytest.mark.parametrize("loss", ["full", "chunked", "masked-lm"])
+def test_labels_that_are_not_asked_for_change_no_byte(loss: str) -> None:
+    """-100 in labels: each loss makes and keeps as much, tensor by tensor, forward and backward."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50)
+    made: list[list[int]] = []
+    for share in (0.0, 0.5, 0.99):
+        labels = torch.randint(0, 50, (1, 2000)).masked_fill(torch.rand(1, 2000) < share, -100)
+        labels[0, 1] = 3
+        hidden = torch.randn(1, 2000, 16, requires_grad=True)
+        with _Made() as sizes:
+            if loss == "masked-lm":  # models/bert/modeling_bert.py, BertForMaskedLM.forward
+                value = nn.CrossEntropyLoss()(head(hidden).view(-1, 50), labels.view(-1))
+            else:
+                value = (_full if loss == "full" else chunked_loss)(hidden, head, labels, None)
+            value.backward()
+        made.append(sizes.bytes)
+    assert made[0] == made[1] == made[2]
+    assert max(made[0]) == (CHUNK_BYTES if loss == "chunked" else 2000 * 50 * 4)
 
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
+
+class _Made(TorchDispatchMode):
+    """The bytes of every tensor that an operation gives, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        outs = out if isinstance(out, tuple) else (out,)
+        self.bytes += [tensor.nbytes for tensor in outs if isinstance(tensor, torch.Tensor)]
+        return out
 
 
 def test_a_model_with_something_behind_its_head_is_refused() -> None:
