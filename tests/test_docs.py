@@ -280,8 +280,8 @@ def peft_runs_table() -> str:
     rows = ["| off by | runs | median | worst over | worst under |", "| --- | --- | --- | --- | --- |"]
     for label, low, high in (
         ("all", 0.0, 1.0),
-        ("up to 0.5 %", 0.0, 0.005),
-        ("0.5 to 1 %", 0.005, 0.01),
+        ("up to 0.25 %", 0.0, 0.0025),
+        ("0.25 to 1 %", 0.0025, 0.01),
         ("more than 1 %", 0.01, 1.0),
     ):
         errors = [value for value in off.values() if low <= abs(value) < high]

@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 
-from tests.peft_runs import SIMULATED, error, peft_runs
+from tests.peft_runs import LONGEST, SIMULATED, error, peft_runs
 from tests.simulate.peft_loop import simulated
 
 RUNS = {run["id"]: run for run in peft_runs()}
@@ -23,17 +23,12 @@ PACKAGED = json.loads(SIMULATED.read_text())
 TODAY = ("lora rank32", "beft target-v_proj")  # the length was inferred from the first
 COUNTED = ("boft default", "frod default", "shadow mirror")  # their parameters are made anew too
 
-# The runs that are more than 1 % off. What is known of them:
-FAR = {
-    # AdamW's states, twice the weights, lie where the first batch left room for them, of which nothing is
-    # published: with 450 tokens in it the simulated peak is 1.9 % higher, with 600 only 0.7 %.
+FAR = {  # the runs that are more than 0.6 % off
+    # AdamW's states, twice the weights, lie where the first batches left room, of which nothing is published.
     "full-finetuning lr_0.00001",
-    # Blocks of 96 MiB, an MLP's activations in fp32, come and go. Live memory is below the published peak
-    # (IA3: -1.5 %); what is left unused between those blocks is more than theirs.
-    "ia3 default",
-    "lora rank10-target-mlp",
-    "oft rank32",  # not explained; peft 0.18 there
-    "shadow mirror",  # not explained
+    "prefixtuning lr_0.001",  # not explained; transformers 4.57 there
+    "boft default",  # not explained; peft 0.18 there
+    "waveft n_frequency-5000",  # not explained; peft 0.18 there
 }
 
 of_peft_0_21 = pytest.mark.skipif(
@@ -51,14 +46,14 @@ def test_a_run_of_pefts_own_is_near(name: str, record_property: Callable[[str, o
         f"{name:<40} {run['peak_reserved_bytes'] / 2**20:>9.0f} {off:>+8.2%}  {versions}",
     )
     assert (trained, total) == (run["trainable_params"], run["total_params"])
-    assert abs(off) < (0.05 if name in FAR else 0.01)
-    assert (abs(off) > 0.01) == (name in FAR), "a run has come near or gone far: move it"
+    assert abs(off) < 0.05
+    assert (abs(off) > 0.006) == (name in FAR), "a run has come near or gone far: move it"
 
 
-def test_most_are_within_half_a_percent() -> None:
+def test_most_are_within_a_quarter_of_a_percent() -> None:
     off = [error(run, PACKAGED["runs"][name][0]) for name, run in RUNS.items()]
-    assert sum(abs(value) < 0.005 for value in off) >= 22
-    assert abs(statistics.median(off)) < 0.002
+    assert sum(abs(value) < 0.0025 for value in off) >= 36
+    assert abs(statistics.median(off)) < 0.001
 
 
 @of_peft_0_21
@@ -68,7 +63,7 @@ def test_the_packaged_simulation_is_what_comes_out_today(name: str) -> None:
     assert (found.trained, found.total) == tuple(PACKAGED["runs"][name][1:])
     if found.versions == PACKAGED["versions"]:
         assert found.peak_reserved_bytes == PACKAGED["runs"][name][0]
-    assert abs(error(RUNS[name], found.peak_reserved_bytes)) < 0.01
+    assert abs(error(RUNS[name], found.peak_reserved_bytes)) < 0.005
 
 
 @of_peft_0_21
@@ -80,7 +75,8 @@ def test_counts_are_those_of_pefts_own_runs(name: str) -> None:
 
 
 @of_peft_0_21
-def test_another_length_would_not_fit_plain_lora() -> None:
-    """One token more, and blocks no longer fill the segments that they ask for."""
+def test_other_lengths_do_not_fit_plain_lora() -> None:
+    """The inferred length is no fit of many: ten tokens more or fifteen fewer are seen."""
     run: dict[str, Any] = RUNS["lora rank32"]
-    assert error(run, simulated(run, 769).peak_reserved_bytes) > 0.01
+    assert error(run, simulated(run, LONGEST + 10).peak_reserved_bytes) > 0.01
+    assert error(run, simulated(run, LONGEST - 15).peak_reserved_bytes) < -0.01
