@@ -21,6 +21,8 @@ __all__ = [
     "Batching",
     "check_batch",
     "check_batching",
+    "check_gpu",
+    "flash_takes_lengths",
     "has_masks",
     "row_shape",
     "sample_lengths",
@@ -69,29 +71,24 @@ def takes_lengths(training: Training) -> bool:
 
 def has_masks(training: Training) -> bool:
     """Whether attention gets a mask for the way samples are held: padding, or several samples in a row."""
+    if training.batching == "padded":
+        return training.seq_len > 1  # of one token none is left to be padding
     several = training.batching == "packed" and training.micro_batch_size > 1
-    return (training.batching == "padded" or several) and not takes_lengths(training)
+    return several and not takes_lengths(training)
 
 
 def check_batch(training: Training) -> None:
     """Refuse another name, and padding that cannot be. Raises SetupError."""
     choice("batching", training.batching, get_args(Batching))
-    if training.batching != "padded":
-        return
-    if training.attention == "flash":
+    if training.batching == "padded" and training.attention == "flash":
         raise SetupError(
             "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient "
             "or eager, or batching packed."
         )
-    if training.seq_len < 2:
-        raise SetupError(
-            f"batching padded needs samples shorter than seq_len, and seq_len is {training.seq_len}; give 2 "
-            "or more, or choose batching full."
-        )
 
 
-def check_batching(model: Model, method: Method, training: Training, gpu: Gpu | None) -> None:
-    """Refuse packing where samples would see each other, or the kernel is not there. Raises SetupError."""
+def check_batching(model: Model, method: Method, training: Training) -> None:
+    """Refuse packing where samples would see each other, or no kernel takes them. Raises SetupError."""
     if training.batching != "packed" or model.is_bare:
         return
     instead = "choose batching padded or full."
@@ -116,7 +113,22 @@ def check_batching(model: Model, method: Method, training: Training, gpu: Gpu | 
                 f"{model.id} tells packed samples apart by their positions alone, and attention flash takes "
                 "their lengths; choose attention sdpa, efficient or eager."
             )
-        _check_kernel(model, gpu)
+        _check_heads(model)
+
+
+def flash_takes_lengths(gpu: Gpu | None) -> bool:
+    """Whether the GPU runs the kernels; one that is not named is taken as Ampere."""
+    return gpu is None or gpu.capability is None or gpu.capability >= _FLASH_CAPABILITY
+
+
+def check_gpu(training: Training, gpu: Gpu | None) -> None:
+    """Refuse a step that the GPU has no kernel for. Raises SetupError."""
+    if takes_lengths(training) and gpu is not None and not flash_takes_lengths(gpu):
+        capability = ".".join(str(part) for part in gpu.capability or ())
+        raise SetupError(
+            f"attention flash needs capability 8.0, {gpu.name} has {capability}; choose attention sdpa, "
+            "efficient or eager."
+        )
 
 
 def _check_peft(method: PeftConfig, instead: str) -> None:
@@ -128,12 +140,7 @@ def _check_peft(method: PeftConfig, instead: str) -> None:
         raise SetupError(f"an activated LoRA acts from one place of a row on, not of each sample; {instead}")
 
 
-def _check_kernel(model: Model, gpu: Gpu | None) -> None:
-    if gpu is not None and gpu.capability is not None and gpu.capability < _FLASH_CAPABILITY:
-        raise SetupError(
-            f"attention flash needs capability 8.0, {gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}; "
-            "choose attention sdpa, efficient or eager."
-        )
+def _check_heads(model: Model) -> None:
     known = model.architecture
     if known is not None and known.head_dim % _FLASH_HEAD_MULTIPLE:
         raise SetupError(

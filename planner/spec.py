@@ -142,7 +142,7 @@ class Setup:
         _check_method(self.model, self.method)
         _check_training(self.model, self.training)
         check_loss(self.training.loss, self.model, shared=self.sharding.is_distributed)
-        check_batching(self.model, self.method, self.training, self.gpu)
+        check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)
         check_sharding(self.sharding, self.method, self.training)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from planner.batching import flash_takes_lengths, takes_lengths
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.spec import Adapter, FullFineTuning, LoRA, QLoRA, Setup
 
@@ -43,6 +44,12 @@ def _no_gradients(setup: Setup) -> Mapping[str, Any] | None:
 
 def _fused_attention(setup: Setup) -> Mapping[str, Any] | None:
     return {"attention": "sdpa"} if setup.training.attention == "eager" else None
+
+
+def _by_lengths(setup: Setup) -> Mapping[str, Any] | None:
+    training = setup.training
+    masked = training.batching != "full" and not takes_lengths(training)
+    return {"batching": "packed", "attention": "flash"} if masked and flash_takes_lengths(setup.gpu) else None
 
 
 def _single(setup: Setup) -> Mapping[str, Any] | None:
@@ -193,6 +200,13 @@ IDEAS = (
         short="sdpa attention",
         cost="nothing: the same attention without its matrix of scores",
         keys=_fused_attention,
+    ),
+    Idea(
+        price="nothing",
+        words="Pack the samples into one row under flash attention (batching packed, attention flash)",
+        short="packed under flash attention",
+        cost="nothing: each sample sees itself as before, and no padding is computed",
+        keys=_by_lengths,
     ),
     Idea(
         price="time",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from planner.batching import has_masks
+from planner.batching import check_gpu, has_masks
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport, Parameters
@@ -59,6 +59,7 @@ def simulate(
     Raises TraceError where a model cannot be traced, ModelError where it cannot be built.
     """
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
+    check_gpu(setup.training, device)
     options: dict[str, Any] = {"gpu": device, "allocator": allocator, "limit_bytes": limit_bytes}
     options["has_masks"] = has_masks(setup.training)
     simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)

@@ -57,6 +57,26 @@ def test_the_changes_of_a_wasteful_full_fine_tuning():
         assert expected in keys, expected
 
 
+PACKED = {"batching": "packed", "attention": "flash"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_samples_with_a_mask_may_be_packed_without_one(batching: str, attention: str) -> None:
+    training = Training(micro_batch_size=4, batching=batching, attention=attention)
+    planned = Setup(model=LLAMA, method=LoRA(), training=training, gpu="rtx-4090")
+    (packed,) = [change for change in changes(planned) if change.words.startswith("Pack ")]
+    assert (dict(packed.keys), packed.price) == (PACKED, "nothing")
+    assert applied(planned, packed.keys).training.batching == "packed"
+
+
+def test_packing_is_not_proposed_where_it_is_refused_or_nothing_is_masked() -> None:
+    bert, t4 = {"model": "google-bert/bert-base-uncased"}, {"gpu": "t4", "precision": "fp16"}
+    for more in ({"batching": "full"}, bert, t4, PACKED):
+        flat = {"model": LLAMA, "batching": "padded", "gpu": "24GiB", **more}
+        assert not [change for change in changes(Setup.from_dict(flat)) if change.keys.get("batching")]
+
+
 def test_harmless_changes_at_once_save_more_than_each():
     found = changes(wasteful())
     (together,) = (change for change in found if change.price == "time" and "at once" in change.words)

@@ -52,3 +52,19 @@ def test_states_that_follow_from_shapes_are_not_known_of_a_number() -> None:
     setup = Setup(model="params:7e9", training=Training(optimizer="adafactor"))
     (states,) = (term for term in terms(setup, estimate(setup)) if term.part == "optimizer_states")
     assert states.result == "not known"
+
+
+@pytest.mark.parametrize(
+    "training, mask",
+    [
+        ({}, ""),
+        ({"batching": "padded"}, "Samples are padded: attention has a mask of 4 x 512 x 512."),
+        ({"batching": "packed"}, "Samples are packed: attention has a mask of 1 x 2,048 x 2,048."),
+        ({"batching": "packed", "attention": "flash"}, ""),
+    ],
+)
+def test_a_mask_of_the_batch_is_named_with_its_shape(training: dict[str, Any], mask: str) -> None:
+    setup = Setup(model=GPT2, training=Training(micro_batch_size=4, **training))
+    (found,) = (term for term in terms(setup, estimate(setup)) if term.part == "activations")
+    assert ("mask" in found.numbers) == bool(mask)
+    assert found.numbers.endswith(mask)

@@ -212,6 +212,17 @@ def test_paged_states_are_named_with_their_bytes(open_app) -> None:
     assert not any("paged by bitsandbytes" in one.value for one in plain.markdown)
 
 
+def test_samples_are_held_as_the_sidebar_says(open_app) -> None:
+    app = open_app(model="openai-community/gpt2", batching="packed", attention="flash")
+    assert not app.exception
+    assert app.selectbox(key="batching").value == "packed"
+    app.selectbox(key="batching").set_value("padded").run()
+    assert "padded samples bring one; choose attention sdpa" in app.error[0].value
+    app.selectbox(key="attention").set_value("sdpa").run()
+    assert not app.exception
+    assert not app.error
+
+
 def test_the_method_page_puts_the_current_numbers_into_the_formulas(open_app) -> None:
     app = open_app(model="openai-community/gpt2")
     app.switch_page("planner/dashboard/method.py").run()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from planner.errors import SetupError
 from planner.simulate.kernels import SCRATCH
 from planner.simulate.run import simulate
 from planner.simulate.simulation import Simulation
@@ -104,6 +105,11 @@ def test_each_layer_converts_the_mask_of_the_batch(kind: str, kernel: str, row: 
     kernels = {op for op, _ in taken if "dot_product" in op and "backward" not in op}
     assert kernels == {f"aten._scaled_dot_product_{kernel}_attention.default"}
     assert [size for op, size in taken if op == "aten.where.self"] == ([2 * row] * 2 if row else [])
+
+
+def test_a_gpu_without_the_kernel_is_refused_before_anything_is_traced() -> None:
+    with pytest.raises(SetupError, match=r"needs capability 8\.0, t4 has 7\.5"):
+        simulate(setup(LLAMA, "packed", "flash", precision="fp16"), gpu="Tesla T4")
 
 
 def test_flash_attention_on_a_row_makes_no_mask() -> None:

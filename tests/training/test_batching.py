@@ -199,7 +199,6 @@ def test_lengths_differ_and_some_are_shorter() -> None:
     [
         ({"batching": "ragged"}, "batching must be one of full, padded, packed, got 'ragged'"),
         ({"batching": "padded", "attention": "flash"}, "attention flash takes no mask, .* batching packed"),
-        ({"batching": "padded", "seq_len": 1}, "batching padded needs samples shorter than seq_len"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused(training: dict[str, Any], words: str) -> None:
@@ -217,7 +216,6 @@ def test_a_training_that_cannot_be_is_refused(training: dict[str, Any], words: s
         ("openai/gpt-oss-20b", {"attention": "eager"}, "known to keep packed samples apart"),
         ("stabilityai/stablelm-2-1_6b", {"attention": "flash"}, "by their positions alone"),
         ("facebook/opt-350m", {}, "attention sdpa does not take; choose attention flash"),
-        ("Qwen/Qwen2.5-0.5B", {"attention": "flash", "gpu": "t4"}, "needs capability 8.0, t4 has 7.5"),
     ],
 )
 def test_packing_that_would_mix_samples_is_refused(model: str, more: dict[str, Any], words: str) -> None:
@@ -243,3 +241,9 @@ def test_narrow_heads_are_refused_for_flash_attention_on_a_row() -> None:
     with pytest.raises(SetupError, match="multiple of 8, small-gpt2 has 20"):
         setup_of(GPT2, None, {"n_embd": 80}, batching="packed", attention="flash")
     setup_of(GPT2, None, {"n_embd": 80}, batching="packed")
+
+
+def test_one_token_has_no_padding() -> None:
+    training = Training(micro_batch_size=2, seq_len=1, batching="padded")
+    assert not batching.has_masks(training)
+    assert samples(training, torch.ones(2, 1, dtype=torch.int64))["attention_mask"].all()
