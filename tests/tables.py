@@ -17,6 +17,10 @@ TABLES = {
         "estimate against the same published runs, share too much",
         f"{'run':<62} {'resident':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'peak':>9}",
     ),
+    "published_peft_runs": (
+        "simulation against peft's own runs on an NVIDIA L40S, peak reserved MiB, share too much",
+        f"{'run':<40} {'published':>9} {'off':>8}  {'versions'}",
+    ),
     "estimate_against_simulation": (
         "estimate against simulation, peak allocated memory",
         f"{'setup':<62} {'simulated MiB':>13} {'peak':>8}  worst part, worst phase of the second step",

@@ -26,6 +26,7 @@ from planner.optimizers import Optimizer
 from planner.record import Record
 from planner.units import MIB
 from tests.measure.made_up import made_record
+from tests.peft_runs import LONGEST, SIMULATED, error, peft_runs
 from tests.published import qlora_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ DOCUMENTS = (README, ROOT / "docs" / "settings.md")
 WIDTH = 100  # columns of the outputs
 PUBLISHED = re.compile(r"(<!-- published -->\n).*?(<!-- end -->)", re.DOTALL)
 PHASES = re.compile(r"(<!-- published phases -->\n).*?(<!-- end -->)", re.DOTALL)
+PEFT_RUNS = re.compile(r"(<!-- published peft -->\n).*?(<!-- end -->)", re.DOTALL)
 SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCHING = re.compile(r"(<!-- batching -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -250,6 +252,7 @@ def rewritten(text: str) -> str:
     text = RECORDED.sub(lambda found: found[1] + recorded_text() + found[2], text)
     text = OPTIMIZERS.sub(lambda found: found[1] + optimizer_table() + found[2], text)
     text = BATCHING.sub(lambda found: found[1] + batching_table() + found[2], text)
+    text = PEFT_RUNS.sub(lambda found: found[1] + peft_runs_table() + found[2], text)
     text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
 
@@ -276,6 +279,33 @@ def published_table() -> str:
 
 def test_the_table_of_published_runs_is_today_s() -> None:
     assert f"<!-- published -->\n{published_table()}<!-- end -->" in written()
+
+
+def peft_runs_table() -> str:
+    """peft's own runs against their packaged simulation, peak reserved memory, by how far off."""
+    packaged = json.loads(SIMULATED.read_text())["runs"]
+    off = {run["id"]: error(run, packaged[run["id"]][0]) for run in peft_runs()}
+    rows = ["| off by | runs | median | worst over | worst under |", "| --- | --- | --- | --- | --- |"]
+    for label, low, high in (
+        ("all", 0.0, 1.0),
+        ("up to 0.25 %", 0.0, 0.0025),
+        ("0.25 to 1 %", 0.0025, 0.01),
+        ("more than 1 %", 0.01, 1.0),
+    ):
+        errors = [value for value in off.values() if low <= abs(value) < high]
+        middle, over, under = statistics.median(errors), max(errors), min(errors)
+        rows.append(
+            f"| {label} | {len(errors)} | {middle:+.2%} | {over:+.2%} | {under:+.2%} |".replace("%", " %")
+        )
+    return "\n".join(rows).replace("  %", " %") + "\n"
+
+
+def test_the_table_of_peft_s_own_runs_is_the_packaged_one() -> None:
+    assert f"<!-- published peft -->\n{peft_runs_table()}<!-- end -->" in README.read_text()
+
+
+def test_the_readme_names_the_inferred_length() -> None:
+    assert f"{LONGEST} tokens" in README.read_text()
 
 
 def optimizer_table() -> str:
