@@ -39,7 +39,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         k, v = (_behind_prefix(ops, t, shape) for t in (k, v))
     plan = attention_plan(shape, form, setup, v.element, prefix=ops.prefix)
     if ops.prefix:
-        _cached(ops, k, v, plan)
+        _cached(ops, k, v, plan, setup.training)
     if plan.repeated:
         groups = shape.num_attention_heads // shape.num_key_value_heads
         # one key head spread over all heads is a view: repeat_kv's reshape finds nothing to copy
@@ -110,15 +110,16 @@ def _behind_prefix(ops: Operations, x: Tensor, shape: Architecture) -> Tensor:
     return ops.op((prefix, x), prefix.numel + x.numel, x.element, weight_bytes=whole)
 
 
-def _cached(ops: Operations, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+def _cached(ops: Operations, k: Tensor, v: Tensor, plan: AttentionPlan, training: Training) -> None:
     """The cache holds keys and values, in the place of the prefix alone, to the end of the forward pass.
 
-    Some models hand it out with the logits, whatever `use_cache` says: then to the end of the step.
+    Some models hand it out with the logits, whatever `use_cache` says: then as long as the loop has these.
     """
-    if ops.traits.returns_cache:
+    returned = ops.traits.returns_cache and training.loop == "plain" and training.loss != "chunked"
+    if returned:
         ops.nodes[-1].pinned = (k, v)
     for tensor in (k, v):
-        held = tensor.size_bytes if plan.repeated and not ops.traits.returns_cache else 0
+        held = tensor.size_bytes if plan.repeated and not returned else 0
         ops.copied_bytes += held - tensor.size_bytes * ops.prefix // plan.keys
 
 

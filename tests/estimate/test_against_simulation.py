@@ -309,6 +309,8 @@ CASES: list[Case] = [
     ],
     *[(model, PREFIX, {"micro_batch_size": 4, "seq_len": 512}) for model in (LLAMA, QWEN3, GPT2, NEOX, PHI3)],
     (LLAMA, PREFIX, {"micro_batch_size": 2, "seq_len": 1024, "attention": "eager"}),
+    (LLAMA, PREFIX, {"micro_batch_size": 4, "loop": "trainer"}),
+    (LLAMA, PREFIX, {"micro_batch_size": 8, "loss": "chunked", "gradient_accumulation_steps": 2}),
     (LLAMA, dora("q_proj", "v_proj"), {"micro_batch_size": 4, "seq_len": 512}),
     (QWEN2, dora("q_proj", "v_proj", "down_proj"), {"micro_batch_size": 2, "seq_len": 512}),
     (GPT2, dora("c_attn", "mlp.c_proj"), {"micro_batch_size": 4, "seq_len": 512}),
