@@ -129,15 +129,14 @@ def _flash(
     """Takes no mask. Keeps q, k, v, the output and the fp32 log-sum-exp [b, a, s].
 
     Backward (flash_api.cpp, mha_bwd): row sums [b, a, s] and dQ [b, s, a, d] in fp32, s rounded to 128
-    and d to 32; dK and dV for all heads where heads are grouped. For each of several packed
-    samples 128 rows more (mha_varlen_bwd), and a copy of an output that is not contiguous.
+    and d to 32, above 128 to 64; dK and dV for all heads where heads are grouped; a copy of an output that
+    does not lie as [b, s, a, d]. For each of several packed samples 128 rows more (mha_varlen_bwd).
     """
     b, a, s, d = plan.b, plan.a, plan.s, plan.d
-    varlen = plan.kernel == "varlen"
-    rows = s + 128 * plan.samples if varlen else -(-s // 128) * 128
-    head = -(-d // 32) * 32 if d <= 192 else 256
-    scratch = block_bytes(4 * b * a * rows) + block_bytes(4 * b * rows * a * head)
-    if varlen and ops.traits.rotary_cats:
+    rows = s + 128 * plan.samples if plan.kernel == "varlen" else -(-s // 128) * 128
+    multiple = 32 if d <= 128 else 64
+    scratch = block_bytes(4 * b * a * rows) + block_bytes(4 * b * rows * a * (-(-d // multiple) * multiple))
+    if ops.traits.rotary_cats:
         scratch += q.size_bytes
     if plan.k != a:
         scratch += 2 * block_bytes(b * s * a * d * k.element)

@@ -101,12 +101,14 @@ def softmax_backward(args: Sequence[Any], out: Any) -> list[int]:
 def flash_backward(args: Sequence[Any], out: Any) -> list[int]:
     """flash_api.cpp, mha_bwd: row sums, dQ in fp32, and dK and dV of all heads where heads are grouped.
 
-    q, k, v are `[b, heads, s, d]`; rows round up to 128, the head to 32 (256 above 192).
+    q, k, v are `[b, heads, s, d]`; rows round up to 128, the head to 32, above 128 to 64. Gradient and output
+    are copied first where they do not lie as `[b, s, heads, d]` (attention_backward.cu).
     """
     query, key = args[1], args[2]
     batch, heads, rows, head = query.shape
     rows_rounded = _rounded(rows, 128)
     sizes = [
+        *_copied(args[0].transpose(1, 2), args[4].transpose(1, 2)),
         _numel_bytes((batch, heads, rows_rounded), 4),
         _numel_bytes((batch, rows_rounded, heads, _flash_width(head)), 4),
     ]
@@ -119,21 +121,25 @@ def flash_backward(args: Sequence[Any], out: Any) -> list[int]:
 def varlen_flash_backward(args: Sequence[Any], out: Any) -> list[int]:
     """flash_api.cpp, mha_varlen_bwd, of samples in a row `[T, heads, d]`; as `flash_backward` but for rows.
 
-    Each sample's rows lie 128 apart from the next one's. Gradient and output are copied first where they are
-    not contiguous (attention_backward.cu, _flash_attention_backward).
+    Each sample's rows lie 128 apart from the next one's.
     """
     query, key, samples = args[1], args[2], args[6].numel() - 1
     tokens, heads, head = query.shape
     rows = tokens + 128 * samples
-    copied = [t.numel() * t.element_size() for t in (args[0], args[4]) if not t.is_contiguous()]
+    copied = _copied(args[0], args[4])
     sums = [_numel_bytes((heads, rows), 4), _numel_bytes((rows, heads, _flash_width(head)), 4)]
     if key.shape[1] == heads:
         return [*copied, *sums]
     return [*copied, *sums, *[_numel_bytes((key.shape[0], heads, head), key.element_size())] * 2]
 
 
+def _copied(*tensors: torch.Tensor) -> list[int]:
+    """attention_backward.cu, _flash_attention_backward: `contiguous()` of gradient and output."""
+    return [t.numel() * t.element_size() for t in tensors if not t.is_contiguous()]
+
+
 def _flash_width(head: int) -> int:
-    return _rounded(head, 32) if head <= 192 else 256
+    return _rounded(head, 32 if head <= 128 else 64)
 
 
 def cudnn_backward(args: Sequence[Any], out: Any) -> list[int]:

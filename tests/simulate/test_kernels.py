@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planner.simulate.kernels import radix_sort_bytes
+from planner.simulate.kernels import flash_backward, radix_sort_bytes
 from planner.units import MIB
 from tests.simulate.watched import meta, watched
 
@@ -115,3 +115,22 @@ def test_a_radix_sort_has_a_second_pair_of_arrays_and_little_more() -> None:
     assert radix_sort_bytes(2304, 8) == 1  # one tile
     assert 0 < radix_sort_bytes(100_000, 8) - 100_000 * 16 < 0.05 * 100_000 * 16
     assert 0 < radix_sort_bytes(100_000, 4) - 100_000 * 12 < 0.05 * 100_000 * 12
+
+
+@pytest.mark.parametrize(
+    ("head", "width"), [(64, 64), (80, 96), (128, 128), (136, 192), (160, 192), (200, 256)]
+)
+def test_flash_sums_the_queries_gradient_over_rounded_heads(head: int, width: int) -> None:
+    """flash_api.cpp, mha_bwd: head_size_rounded is a multiple of 32, above 128 of 64."""
+    query = torch.empty(2, 100, 4, head, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    sizes = flash_backward((query, query, query, query, query), None)
+    assert sizes == [4 * 2 * 4 * 128, 4 * 2 * 128 * 4 * width]
+
+
+def test_flash_copies_an_output_that_lies_by_heads() -> None:
+    """attention_backward.cu, _flash_attention_backward: the kernel takes [b, s, heads, d] as it lies."""
+    by_token = torch.empty(2, 128, 4, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    by_head = torch.empty(2, 4, 128, 64, dtype=torch.bfloat16, device="meta")
+    plain = flash_backward((by_token, by_token, by_token, by_token, by_token), None)
+    copied = flash_backward((by_token, by_head, by_head, by_head, by_head), None)
+    assert copied == [2 * by_head.numel(), *plain]
