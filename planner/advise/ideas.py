@@ -70,6 +70,10 @@ def _checkpointing(setup: Setup) -> Mapping[str, Any] | None:
     return None if setup.training.activation_checkpointing else {"activation_checkpointing": True}
 
 
+def _fused_loss(setup: Setup) -> Mapping[str, Any] | None:
+    return {"loss": "liger"} if setup.training.loss != "liger" and not setup.model.is_bare else None
+
+
 def _chunked_loss(setup: Setup) -> Mapping[str, Any] | None:
     training = setup.training
     several = training.micro_batch_size * training.seq_len > LOSS_CHUNK_TOKENS
@@ -207,6 +211,13 @@ IDEAS = (
         short="packed under flash attention",
         cost="nothing: each sample sees itself as before, and no padding is computed",
         keys=_by_lengths,
+    ),
+    Idea(
+        price="nothing",
+        words="Use Liger's fused loss (loss liger)",
+        short="Liger's loss",
+        cost="nothing: the same loss, its logits never all there; needs liger-kernel",
+        keys=_fused_loss,
     ),
     Idea(
         price="time",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from planner.advise import applied, changes, verdict
@@ -103,7 +105,8 @@ def test_lora_is_advised_with_what_costs_only_time():
     both = next(change for change in found if "at once" in change.words)
     alone = next(change for change in found if change.keys.get("method") == "lora" and change is not both)
     assert both.keys["method"] == "lora"
-    assert both.keys["micro_batch_size"] == 1
+    assert both.keys["micro_batch_size"] == 4  # with Liger's loss a smaller one saves nothing more
+    assert both.keys["loss"] == "liger"
     assert both.saving_bytes > alone.saving_bytes
 
 
@@ -112,7 +115,11 @@ def test_what_is_already_done_is_not_advised():
         model=LLAMA,
         method=QLoRA(),
         training=Training(
-            optimizer="adamw-fused", activation_checkpointing=True, seq_len=64, precision="bf16-mixed"
+            optimizer="adamw-fused",
+            activation_checkpointing=True,
+            seq_len=64,
+            precision="bf16-mixed",
+            loss="liger",
         ),
     )
     assert changes(frugal) == ()
@@ -132,7 +139,7 @@ def test_smaller_states_are_advised_where_all_weights_are_trained():
 
 
 def test_gradients_that_stay_are_given_up_first():
-    planned = Setup(model=LLAMA, training=Training(zero_grad="zero", optimizer="adamw-8bit", seq_len=1024))
+    planned = Setup(model=LLAMA, training=Training(zero_grad="zero", optimizer="adamw-8bit", loss="liger"))
     first = changes(planned)[0]
     assert first.keys == {"zero_grad": "none"}
     assert first.price == "nothing"
@@ -187,9 +194,23 @@ def test_a_chunked_loss_is_advised_where_logits_weigh_and_nothing_stands_behind_
     assert chunked.price == "time"
     assert chunked.saving_bytes > 2**30
     short = changes(Setup(model=LLAMA, training=Training(micro_batch_size=1, seq_len=1024)))  # one chunk
-    assert all("loss" not in change.keys for change in short)
+    assert all(change.keys.get("loss") != "chunked" for change in short)
     capped = changes(Setup(model="google/gemma-2-2b", training=Training(micro_batch_size=4, seq_len=1024)))
-    assert all("loss" not in change.keys for change in capped)
+    assert all(change.keys.get("loss") != "chunked" for change in capped)
+
+
+def test_ligers_loss_is_advised_where_the_library_has_it() -> None:
+    def advised(model: str, **training: Any) -> list[Any]:
+        planned = Setup(model=model, training=Training(micro_batch_size=4, seq_len=1024, **training))
+        return [change for change in changes(planned) if change.keys == {"loss": "liger"}]
+
+    (fused,) = advised(LLAMA)
+    assert fused.price == "nothing"
+    assert "liger-kernel" in fused.cost
+    assert fused.saving_bytes > 2**30
+    assert advised("google/gemma-2-2b")  # it knows the soft cap
+    assert advised("gpt2") == []
+    assert advised(LLAMA, loss="liger") == []
 
 
 def test_weights_in_four_bits_are_advised_to_lora_with_the_same_adapters() -> None:
