@@ -224,7 +224,7 @@ def test_the_two_commands_start_from_nothing_but_python() -> None:
         assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
     assert page.endswith("&& .venv/bin/streamlit run app.py")
     assert " -r tests/requirements.txt && " in test
-    assert test.endswith("&& .venv/bin/pytest")
+    assert test.endswith("&& .venv/bin/pytest -n 2 --dist loadfile")  # files on two processors
 
 
 def test_continuous_integration_runs_the_readme_s_command() -> None:
