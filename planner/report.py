@@ -122,21 +122,24 @@ class OutOfMemory:
 class LoadingBand:
     """What the order in which a quantized model's weights arrive can change: (lowest, highest) bytes.
 
-    `resident_bytes` are allocated before the first step, `peak_allocated_bytes` is of the steps; `orders` is
-    how many were simulated.
+    `resident_bytes` are allocated before the first step, `step_bytes` is what the steps peak above that, and
+    `peak_allocated_bytes` their peak; `orders` is how many were simulated.
     """
 
     resident_bytes: tuple[int, int]
+    step_bytes: tuple[int, int]
     peak_allocated_bytes: tuple[int, int]
     orders: int
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoadingBand:
         """From its JSON object. Raises KeyError, TypeError or ValueError."""
-        resident, peak = values["resident_bytes"], values["peak_allocated_bytes"]
+        sizes = ("resident_bytes", "step_bytes", "peak_allocated_bytes")
+        resident, step, peak = ((int(values[name][0]), int(values[name][1])) for name in sizes)
         return cls(
-            resident_bytes=(int(resident[0]), int(resident[1])),
-            peak_allocated_bytes=(int(peak[0]), int(peak[1])),
+            resident_bytes=resident,
+            step_bytes=step,
+            peak_allocated_bytes=peak,
             orders=int(values["orders"]),
         )
 

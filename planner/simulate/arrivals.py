@@ -151,8 +151,10 @@ def loading_band(trail: Sequence[_Entry], phases: Sequence[Phase], config: Alloc
     resident = [phase.allocated_bytes for run in runs for phase in run if phase.name == "attach"]
     steps = [[phase.peak_allocated_bytes for phase in run if phase.step is not None] for run in runs]
     peaks = [max(step, default=0) for step in steps]
+    above = [max(0, peak - before) for peak, before in zip(peaks, resident, strict=True)]
     return LoadingBand(
         resident_bytes=(min(resident), max(resident)),
+        step_bytes=(min(above), max(above)),
         peak_allocated_bytes=(min(peaks), max(peaks)),
         orders=len(runs),
     )

@@ -77,7 +77,10 @@ def test_the_sentence_gives_the_band_of_a_quantized_load() -> None:
     setup = Setup.from_dict(GPT2)
     report = dataclasses.replace(estimate(setup), source="simulation")
     band = LoadingBand(
-        resident_bytes=(0, MIB), peak_allocated_bytes=(1839 * MIB, 1853 * MIB), orders=15
+        resident_bytes=(0, MIB),
+        step_bytes=(1838 * MIB, 1853 * MIB),
+        peak_allocated_bytes=(1839 * MIB, 1853 * MIB),
+        orders=15,
     )
     banded = dataclasses.replace(report, loading_band=band)
     said = [

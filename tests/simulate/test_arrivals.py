@@ -74,7 +74,10 @@ def test_the_band_holds_the_run_s_own_order_too() -> None:
     step = Phase(name="forward", step=1, allocated_bytes=MIB, peak_allocated_bytes=99 * MIB)
     band = loading_band(trail((32, 8), (32, 8)), (own, step), AllocatorConfig())
     assert band == LoadingBand(
-        resident_bytes=(MIB, 16 * MIB), peak_allocated_bytes=(17 * MIB, 99 * MIB), orders=len(LOADINGS) + 1
+        resident_bytes=(MIB, 16 * MIB),
+        step_bytes=(MIB, 98 * MIB),
+        peak_allocated_bytes=(17 * MIB, 99 * MIB),
+        orders=len(LOADINGS) + 1,
     )
 
 

@@ -73,15 +73,17 @@ def test_a_published_run_comes_out(
 
 
 def _assert_inside(band: LoadingBand | None, measured: dict[str, Any]) -> None:
-    """Resident and peak of the run within the simulated orders, or 0.1 % of them; and a narrow band."""
+    """Resident, step and peak of the run within the simulated orders, or 0.1 % of them; and a narrow band."""
     assert band is not None
-    for (lowest, highest), name in (
-        (band.resident_bytes, "resident_before_step"),
-        (band.peak_allocated_bytes, "peak_allocated"),
+    resident, peak = measured["resident_before_step"], measured["peak_allocated"]
+    for (lowest, highest), size_mib, width in (
+        (band.resident_bytes, resident, 0.015),
+        (band.step_bytes, peak - resident, 0.02),
+        (band.peak_allocated_bytes, peak, 0.015),
     ):
-        size = measured[name] * MIB
+        size = size_mib * MIB
         assert lowest / 1.001 <= size <= highest * 1.001
-        assert highest - lowest < 0.015 * size
+        assert highest - lowest < width * size
 
 
 @pytest.mark.parametrize("run", RUNS[::5], ids=title)
