@@ -11,8 +11,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from transformers import masking_utils
-
 from planner.simulate.trace import Tracer
 
 __all__ = ["MASK_QUESTIONS", "mask_forms"]
@@ -27,6 +25,7 @@ MASK_QUESTIONS = (
 @contextmanager
 def mask_forms(tracer: Tracer) -> Iterator[None]:
     """For the time of the context some token is padding, or some sample begins within a row."""
+    from transformers import masking_utils  # a step of one's own does without
 
     def form(original: Callable[..., Any]) -> Callable[..., Any]:
         def asked(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,8 @@ import dataclasses
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -190,15 +192,30 @@ def test_that_the_import_test_can_fail():
     assert done.stderr == "['rich']\n"
 
 
+# Modules of the standard library that take 0.07 s where a cold estimate takes 0.18 s.
+YARDSTICK = (
+    "import asyncio, concurrent.futures, ctypes, decimal, email.mime.text, http.server, logging.config, "
+    "multiprocessing.pool, sqlite3, tarfile, unittest.mock, xml.dom.minidom"
+)
+
+
 def test_a_cold_estimate_is_fast(command):
-    def seconds() -> float:
-        """Processor time of one run: its wall time on a machine with nothing else to do."""
+    """0.3 s of processor time, or four times the yardstick where a busy machine makes all of it slower."""
+
+    def seconds(run: Callable[[], Any]) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert command("estimate", *LORA, "--json").returncode == 0
+        assert run().returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.3
+    def yardstick() -> Any:
+        return subprocess.run([sys.executable, "-c", YARDSTICK], check=False)
+
+    estimates, yardsticks = [], []
+    for _ in range(4):
+        estimates.append(seconds(lambda: command("estimate", *LORA, "--json")))
+        yardsticks.append(seconds(yardstick))
+    assert min(estimates) < max(0.3, 4 * min(yardsticks))
 
 
 def test_simulate_answers_with_the_same_report(answer):
