@@ -10,6 +10,7 @@ import torch
 
 from planner.measure import reading as module
 from planner.measure.reading import CudaReadings, workspace_bytes
+from planner.spec import Training
 
 
 class Allocator:
@@ -101,6 +102,7 @@ class Run:
         self.device = device
         self.readings = CudaReadings(self._emit, lambda: 7777)
         self.trained = [Parameter(), Parameter()]
+        self.setup = SimpleNamespace(training=Training())
         self.optimizer = SimpleNamespace(state={})
         self.net = SimpleNamespace(get_output_embeddings=lambda: None, get_input_embeddings=lambda: None)
 
