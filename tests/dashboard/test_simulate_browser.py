@@ -64,7 +64,7 @@ def bar_rows(page) -> list[str]:
     """The labels of the stacked bars, top first."""
     chart = page.locator(".st-key-_bars .js-plotly-plot").last  # the one before it may not have gone yet
     chart.wait_for(timeout=60_000)
-    return chart.evaluate("plot => plot.data[0].y.map(String)")
+    return chart.evaluate("plot => plot.data ? plot.data[0].y.map(String) : []")  # none while it is redrawn
 
 
 
