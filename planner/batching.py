@@ -22,7 +22,7 @@ __all__ = [
     "check_batch",
     "check_batching",
     "check_gpu",
-    "flash_takes_lengths",
+    "has_flash",
     "has_masks",
     "row_shape",
     "sample_lengths",
@@ -116,14 +116,14 @@ def check_batching(model: Model, method: Method, training: Training) -> None:
         _check_heads(model)
 
 
-def flash_takes_lengths(gpu: Gpu | None) -> bool:
+def has_flash(gpu: Gpu | None) -> bool:
     """Whether the GPU runs the kernels; one that is not named is taken as Ampere."""
     return gpu is None or gpu.capability is None or gpu.capability >= _FLASH_CAPABILITY
 
 
 def check_gpu(training: Training, gpu: Gpu | None) -> None:
     """Refuse a step that the GPU has no kernel for. Raises SetupError."""
-    if takes_lengths(training) and gpu is not None and not flash_takes_lengths(gpu):
+    if training.attention == "flash" and gpu is not None and not has_flash(gpu):
         capability = ".".join(str(part) for part in gpu.capability or ())
         raise SetupError(
             f"attention flash needs capability 8.0, {gpu.name} has {capability}; choose attention sdpa, "

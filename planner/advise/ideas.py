@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from planner.batching import flash_takes_lengths, takes_lengths
+from planner.batching import has_flash, takes_lengths
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.spec import Adapter, FullFineTuning, LoRA, QLoRA, Setup
 
@@ -49,7 +49,7 @@ def _fused_attention(setup: Setup) -> Mapping[str, Any] | None:
 def _by_lengths(setup: Setup) -> Mapping[str, Any] | None:
     training = setup.training
     masked = training.batching != "full" and not takes_lengths(training)
-    return {"batching": "packed", "attention": "flash"} if masked and flash_takes_lengths(setup.gpu) else None
+    return {"batching": "packed", "attention": "flash"} if masked and has_flash(setup.gpu) else None
 
 
 def _single(setup: Setup) -> Mapping[str, Any] | None:

@@ -91,3 +91,15 @@ def test_debug_adds_the_traceback(command):
     assert done.stdout == ""
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("planner: ")
+
+
+@pytest.mark.parametrize("verb", ["estimate", "simulate"])
+@pytest.mark.parametrize("batching", ["full", "packed"])
+def test_flash_attention_is_refused_on_a_card_that_has_none(planner_command, verb, batching) -> None:
+    words = ("--model", "gpt2", "--precision", "fp16", "--gpu", "t4", "--attention", "flash")
+    answer = planner_command(verb, *words, "--batching", batching, code=2)
+    assert answer.stdout == ""
+    assert answer.stderr == (
+        "planner: attention flash needs capability 8.0, t4 has 7.5; choose attention sdpa, efficient or "
+        "eager.\n"
+    )
