@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batching",
+    "asks_masks",
     "check_batch",
     "check_batching",
     "check_gpu",
@@ -27,6 +28,7 @@ __all__ = [
     "row_shape",
     "sample_lengths",
     "takes_lengths",
+    "unpads",
 ]
 
 Batching = Literal["full", "padded", "packed"]
@@ -38,9 +40,11 @@ _APART_BY_POSITIONS = (
 )
 _APART_BY_LENGTHS = ("opt",)  # hands on the lengths alone; BLOOM, Falcon and gpt-oss hand on neither
 _WITHOUT_LENGTHS = ("stablelm",)  # hands them to no layer's attention
+_ENCODERS = ("bert", "roberta")
 _FLASH_CAPABILITY = (8, 0)  # flash_api.cpp, mha_varlen_fwd: Ampere or newer
 _FLASH_HEAD_MULTIPLE = 8  # flash_api.cpp: only dense attention pads heads to it
 # peft 0.21, PromptLearningConfig: PeftModelForCausalLM.forward drops or shifts the positions of a batch.
+_PREFIX_METHODS = ("CARTRIDGE", "PREFIX_TUNING")  # put keys and values into the cache
 _PROMPT_METHODS = (
     *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
     *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
@@ -56,11 +60,14 @@ def row_shape(training: Training) -> tuple[int, int]:
 def sample_lengths(training: Training) -> tuple[int, ...]:
     """Tokens of each sample before it is padded: the last has half of `seq_len`, those before it more.
 
-    Memory does not depend on them: a batch with padding anywhere is padded everywhere.
+    Memory does not depend on them, as a batch with padding anywhere is padded everywhere; but where attention
+    takes the padding out, and there one token of it is all there is: the most that a padded batch needs.
     """
     b, s = training.micro_batch_size, training.seq_len
     if training.batching != "padded":
         return (s,) * b
+    if unpads(training):
+        return (*(s,) * (b - 1), s - 1)
     return tuple(s - s * (i + 1) // (2 * b) for i in range(b))
 
 
@@ -69,27 +76,36 @@ def takes_lengths(training: Training) -> bool:
     return training.batching == "packed" and training.attention == "flash"
 
 
+def unpads(training: Training) -> bool:
+    """Whether attention takes the padding out before its kernel and puts it back: flash on padded samples."""
+    return training.batching == "padded" and training.attention == "flash" and training.seq_len > 1
+
+
 def has_masks(training: Training) -> bool:
-    """Whether attention gets a mask for the way samples are held: padding, or several samples in a row."""
-    if training.batching == "padded":
-        return training.seq_len > 1  # of one token none is left to be padding
+    """Whether attention gets a mask [s, s]: for padding, or for several samples in a row."""
+    if training.batching == "padded":  # of one token none is left to be padding
+        return training.seq_len > 1 and not unpads(training)
     several = training.batching == "packed" and training.micro_batch_size > 1
     return several and not takes_lengths(training)
 
 
+def asks_masks(training: Training) -> bool:
+    """Whether a batch's values say what attention gets: a mask, or samples without their padding."""
+    return has_masks(training) or unpads(training)
+
+
 def check_batch(training: Training) -> None:
-    """Refuse another name, and padding that cannot be. Raises SetupError."""
+    """Refuse another name. Raises SetupError."""
     choice("batching", training.batching, get_args(Batching))
-    if training.batching == "padded" and training.attention == "flash":
-        raise SetupError(
-            "attention flash takes no mask, and padded samples bring one; choose attention sdpa, efficient "
-            "or eager, or batching packed."
-        )
 
 
 def check_batching(model: Model, method: Method, training: Training) -> None:
     """Refuse packing where samples would see each other, or no kernel takes them. Raises SetupError."""
-    if training.batching != "packed" or model.is_bare:
+    if model.is_bare:
+        return
+    if unpads(training):
+        _check_unpadding(model, method)
+    if training.batching != "packed":
         return
     instead = "choose batching padded or full."
     if model.task != "causal-lm":
@@ -114,6 +130,23 @@ def check_batching(model: Model, method: Method, training: Training) -> None:
                 "their lengths; choose attention sdpa, efficient or eager."
             )
         _check_heads(model)
+
+
+def _check_unpadding(model: Model, method: Method) -> None:
+    """Refuse flash attention on padded samples where it is not known to be. Raises SetupError."""
+    instead = "choose attention sdpa, efficient or eager."
+    if model.config.get("model_type") not in (*_APART_BY_POSITIONS, *_APART_BY_LENGTHS, *_ENCODERS):
+        raise SetupError(
+            f"attention flash on padded samples needs a model whose code is known to take the padding out, "
+            f"and {model.id} ({model.config.get('model_type')}) is none; {instead}"
+        )
+    kind = str(method.values["peft_type"]).upper() if isinstance(method, PeftConfig) else ""
+    if kind in _PREFIX_METHODS:
+        raise SetupError(
+            f"attention flash on padded samples takes as many keys as queries, and peft's {kind} puts keys "
+            f"before them; {instead}"
+        )
+    _check_heads(model)
 
 
 def has_flash(gpu: Gpu | None) -> bool:
@@ -144,6 +177,6 @@ def _check_heads(model: Model) -> None:
     known = model.architecture
     if known is not None and known.head_dim % _FLASH_HEAD_MULTIPLE:
         raise SetupError(
-            f"attention flash takes packed heads of a multiple of {_FLASH_HEAD_MULTIPLE}, {model.id} has "
+            f"attention flash by lengths takes heads of a multiple of {_FLASH_HEAD_MULTIPLE}, {model.id} has "
             f"{known.head_dim}; choose attention sdpa, efficient or eager."
         )

@@ -350,8 +350,6 @@ def batching_table() -> str:
     rows = [head, "| --- | --- | --- | --- |"]
     choices = [(kind, name) for kind in ("full", "padded", "packed") for name in ("flash", "sdpa", "eager")]
     for batching, attention in choices:
-        if (batching, attention) == ("padded", "flash"):
-            continue
         training = Training(
             micro_batch_size=8, seq_len=1024, loss="chunked", batching=batching, attention=attention
         )

@@ -9,6 +9,7 @@ import runpy
 import warnings
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,15 +22,16 @@ from planner.cli.export import write
 from planner.export import exported
 from planner.spec import LoRA, Setup
 from planner.training.batches import samples
-from planner.training.packed_attention import packed_attention
+from planner.training.varlen_attention import varlen_attention
 from tests.test_export import _tokenizer, planned, run
 from tests.training.test_batching import by_lengths
 
 assert run  # a fixture
 B, S = 3, 12
+CAUSAL = SimpleNamespace(is_causal=True)
 KINDS = [
     *[("gpt2", "padded", "sdpa"), ("bert", "padded", "eager"), ("t5", "padded", "sdpa")],
-    *[("gpt2", "packed", "sdpa"), ("gpt2", "packed", "flash")],
+    *[("gpt2", "packed", "sdpa"), ("gpt2", "packed", "flash"), ("gpt2", "padded", "flash")],
 ]
 
 
@@ -123,10 +125,27 @@ def test_its_flash_attention_is_the_planner_s(tmp_path: Path) -> None:
     lengths = {name: batch[name] for name in batch if name.startswith(("cu_", "max_"))}
     for window in (None, 5, 100):
         with mock.patch.object(torch.ops.aten, "_flash_attention_forward", by_lengths):
-            found, wanted = (attend(None, query, key, value, None, 0.0, 0.3, window, **lengths)[0]
-                             for attend in (made["varlen"], packed_attention))  # fmt: skip
+            found, wanted = (attend(CAUSAL, query, key, value, None, 0.0, 0.3, window, **lengths)[0]
+                             for attend in (made["varlen"], varlen_attention))  # fmt: skip
         assert found.shape == (1, B * S, 4, 8)
         assert torch.equal(found, wanted)
+
+
+def test_its_attention_without_padding_is_the_planner_s(tmp_path: Path) -> None:
+    made, _ = parts_of(setup_of("qwen2", "padded", "flash"), tmp_path / "run")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(B, heads, S, 8) for heads in (4, 2, 2))
+    mask = torch.arange(S) < torch.tensor([[S], [7], [1]])
+    for window in (None, 5, 100):
+        with mock.patch.object(torch.ops.aten, "_flash_attention_forward", by_lengths):
+            found, wanted = (attend(CAUSAL, query, key, value, mask, 0.0, 0.3, window)[0]
+                             for attend in (made["varlen"], varlen_attention))  # fmt: skip
+            whole, full = (made["varlen"](CAUSAL, query, key, value, given, 0.0, 0.3, window)[0]
+                           for given in (None, torch.ones(B, S)))  # fmt: skip
+        assert found.shape == (B, S, 4, 8)
+        assert torch.equal(found, wanted)
+        assert not found[~mask].any()
+        assert torch.equal(whole, full)
 
 
 def test_lengths_go_to_the_device_beside_tensors(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from planner.estimate.masks import mask_of_layer
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.tape import Tensor
+from planner.estimate.unpadding import padded, unpadded
 from planner.model import Architecture
 from planner.spec import Setup, Training
 
@@ -45,6 +46,10 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         # one key head spread over all heads is a view: repeat_kv's reshape finds nothing to copy
         spread = ops.view if plan.k == 1 else partial(_copied, ops)
         k, v = (spread(t, t.numel * groups) for t in (k, v))
+    turned = ops.traits.rotary_cats and form.rotary
+    places = None
+    if plan.unpadded:
+        (q, k, v), places = unpadded(ops, (q, k, v), plan, by_heads=(turned, turned, False))
     held: tuple[Tensor, ...] = ()
     if form.sinks:
         gradient = block_bytes(form.sinks * ops.recipe.base) if form.sinks_trained else 0
@@ -55,7 +60,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
         out = KERNELS[plan.kernel](ops, q, k, v, plan)
-    if ops.traits.rotary_cats and form.rotary and plan.kernel in ("flash", "varlen", "cudnn"):
+    if places is not None:
+        out = padded(ops, out, places, plan)
+    elif turned and plan.kernel in ("flash", "varlen", "cudnn"):
         out = ops.op((out,), out.numel, out.element)  # flash answers in q's layout, which `cat` changed
     answer = ops.linear(out, form.attention_output)
     ops.hold(*variables, *held)
@@ -136,7 +143,7 @@ def _flash(
     rows = s + 128 * plan.samples if plan.kernel == "varlen" else -(-s // 128) * 128
     multiple = 32 if d <= 128 else 64
     scratch = block_bytes(4 * b * a * rows) + block_bytes(4 * b * rows * a * (-(-d // multiple) * multiple))
-    if ops.traits.rotary_cats:
+    if ops.traits.rotary_cats and not plan.unpadded:
         scratch += q.size_bytes
     if plan.k != a:
         scratch += 2 * block_bytes(b * s * a * d * k.element)

@@ -7,11 +7,11 @@ integrations/sdpa_attention.py and each model's `eager_attention_forward`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from planner.batching import has_masks, row_shape, takes_lengths
+from planner.batching import has_masks, row_shape, sample_lengths, takes_lengths, unpads
 from planner.estimate.forms import LayerForm
 from planner.estimate.traits import TRAITS
 from planner.model import Architecture
@@ -32,7 +32,8 @@ class AttentionPlan:
     """`kernel` that runs; `masked`: a mask [b, 1, s, keys] is passed; `repeated`: k and v for all heads.
 
     `biased`: the mask is the model's own sum with ALiBi, [b, a, s, keys] in the embeddings' type. `keys` are
-    the sequence's own and those of a prefix, `samples` how many are packed into the row.
+    the sequence's own and those of a prefix, `samples` how many are packed into the row, `unpadded` out of
+    how many rows padding was taken for it.
     """
 
     kernel: Kernel
@@ -43,6 +44,7 @@ class AttentionPlan:
     d: int
     keys: int
     samples: int = 1
+    unpadded: int = 0
     masked: bool = False
     repeated: bool = False
     biased: bool = False
@@ -87,6 +89,9 @@ def attention_plan(
         return plan(kernel="eager", masked=True, repeated=groups < heads)
     if takes_lengths(training):
         return plan(kernel="varlen", samples=training.micro_batch_size)
+    if unpads(training):
+        tokens = sum(sample_lengths(training))
+        return replace(plan(kernel="varlen", samples=rows, unpadded=rows), b=1, s=tokens, keys=tokens)
     if training.attention != "sdpa":
         repeated = grouped and (masked or training.attention == "efficient")
         return plan(kernel=training.attention, masked=masked, repeated=repeated)

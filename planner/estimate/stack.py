@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 
-from planner.batching import has_masks, row_shape, takes_lengths
+from planner.batching import has_masks, row_shape, takes_lengths, unpads
 from planner.estimate.attention_plan import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
@@ -201,6 +201,8 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
         return kinds * block_bytes(b * s * (s + prefix) * element)
     if takes_lengths(training):
         return 0
+    if unpads(training):  # which tokens are no padding
+        return ((sliding > 0) + (sliding < shape.num_layers)) * block_bytes(b * s)
     if has_masks(training):
         return ((sliding > 0) + (sliding < shape.num_layers)) * block_bytes(b * s * (s + prefix))
     if prefix or TRAITS[shape.family].always_masked:

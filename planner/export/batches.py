@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.batching import takes_lengths
+from planner.batching import takes_lengths, unpads
 from planner.spec import Training
 
-__all__ = ["VARLEN", "batches", "sent", "varlen_line"]
+__all__ = ["batches", "sent", "varlen", "varlen_line"]
 
 _FULL = '''\
 def batches(settings, vocabulary, data, name):
@@ -45,7 +45,7 @@ def batches(settings, vocabulary, data, name):
     """Endless micro batches [micro_batch_size, seq_len]; a line of the text is a sample, cut or padded."""
     size, length = settings["micro_batch_size"], settings["seq_len"]
     if data is None:
-        shorter = [length - length * (i + 1) // (2 * size) for i in range(size)]
+        shorter = {shorter}
         while True:
             yield padded([torch.randint(0, vocabulary, (n,)).tolist() for n in shorter], length)
 {lines}
@@ -69,7 +69,10 @@ def batches(settings, vocabulary, data, name):
             yield packed([{"input_ids": ids} for ids in torch.randint(0, vocabulary, (size, length))])
 {lines}'''.replace("{lines}", _LINES.replace("{made}", 'packed([{"input_ids": samples[i]} for i in chosen])'))
 
-VARLEN = '''
+_SHORTER = "[length - length * (i + 1) // (2 * size) for i in range(size)]"
+_SHORTER_BY_ONE = "[length] * (size - 1) + [length - 1]  # one token of padding: the most"
+
+_VARLEN = '''
 
 def varlen(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **lengths):
     """FlashAttention-2 over a packed row by torch's own kernels: `flash_attention_2` without its package."""
@@ -89,6 +92,28 @@ transformers.AttentionInterface.register("torch_varlen", varlen)
 transformers.AttentionMaskInterface.register("torch_varlen", lambda **_: None)  # lengths say it all
 '''
 
+_UNPADDED = '''
+
+def varlen(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **_):
+    """FlashAttention-2 without padding, by torch's own kernels: `flash_attention_2` without its package."""
+    if query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
+    rows = [t.transpose(1, 2) for t in (query, key, value)]
+    size, length = rows[0].shape[:2]
+    left = sliding_window - 1 if sliding_window and length > sliding_window else None
+    mask = torch.ones((size, length), device=query.device) if mask is None else mask  # none is padding
+    padding = transformers.modeling_flash_attention_utils
+    *rows, places, starts, longest = padding._upad_input(*rows, mask, length, None)
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        *rows, *starts, *longest, dropout, module.is_causal, False, scale=scaling, window_size_left=left
+    )
+    return padding._pad_input(out, places, size, length), None
+
+
+transformers.AttentionInterface.register("torch_varlen", varlen)
+transformers.AttentionMaskInterface.register("torch_varlen", transformers.masking_utils.flash_attention_mask)
+'''
+
 _VARLEN_LINE = """\
     if torch.cuda.is_available():
         options["attn_implementation"] = "torch_varlen"
@@ -101,12 +126,21 @@ def batches(training: Training) -> str:
     if training.batching == "packed":
         lengths = "return_flash_attn_kwargs=True" if takes_lengths(training) else ""
         return _PACKED.replace("{lengths}", lengths)
-    return _PADDED if training.batching == "padded" else _FULL
+    if training.batching == "padded":
+        return _PADDED.replace("{shorter}", _SHORTER_BY_ONE if unpads(training) else _SHORTER)
+    return _FULL
+
+
+def varlen(training: Training) -> str:
+    """The attention that is told lengths or takes padding out, registered with transformers; else empty."""
+    if unpads(training):
+        return _UNPADDED
+    return _VARLEN if takes_lengths(training) else ""
 
 
 def varlen_line(training: Training) -> str:
     """The lines that choose flash attention by lengths, which is there on CUDA alone; else empty."""
-    return _VARLEN_LINE if takes_lengths(training) else ""
+    return _VARLEN_LINE if takes_lengths(training) or unpads(training) else ""
 
 
 def sent(step: str, training: Training) -> str:

@@ -6,7 +6,7 @@ The loop is that of `planner.training.run`; tests run the script and hold its co
 from __future__ import annotations
 
 from planner.batching import takes_lengths
-from planner.export.batches import VARLEN, batches, sent, varlen_line
+from planner.export.batches import batches, sent, varlen, varlen_line
 from planner.export.loops import LOSSES, loss_line, one_step
 from planner.export.methods import PIECES, piece_name
 from planner.export.shared import SHARED_STEP, shared_lines, shared_save
@@ -267,4 +267,4 @@ def script(setup: Setup) -> str:
     dtype = _WEIGHT_DTYPE if quantized else ""
     packed = setup.training.batching == "packed"
     example = "" if packed else _EXAMPLES[task]
-    return head + dtype + loss + piece.attached + step + example + save + (VARLEN if lengths else "") + _END
+    return head + dtype + loss + piece.attached + step + example + save + varlen(setup.training) + _END

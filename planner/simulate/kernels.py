@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from planner.sorting import index_put_bytes, radix_sort_bytes
+
 __all__ = ["PRODUCTS", "SCRATCH", "Workspaces", "takes_cublaslt"]
 
 aten = torch.ops.aten
@@ -188,11 +190,7 @@ def embedding_backward(args: Sequence[Any], out: Any) -> list[int]:
 
 
 def index_put(args: Sequence[Any], out: Any) -> list[int]:
-    """Indexing.cu, index_put_with_sort_kernel: adding at n places sorts the places first.
-
-    The places as one number each, sorted, in their original order and counted up (int64), the sort's own
-    block, and `values` where it is not contiguous. Without `accumulate` nothing is sorted.
-    """
+    """What adding takes, and `values` where it is not contiguous. Without `accumulate` nothing is sorted."""
     accumulates = len(args) > 3 and args[3]
     shapes = [index.shape for index in args[1] if index is not None]
     if not accumulates or not shapes:
@@ -200,7 +198,7 @@ def index_put(args: Sequence[Any], out: Any) -> list[int]:
     count = math.prod(torch.broadcast_shapes(*shapes))
     values = args[2]
     copied = [] if values.is_contiguous() else [values.numel() * values.element_size()]
-    return [*copied, *[count * 8] * 4, radix_sort_bytes(count, 8)]
+    return [*copied, *index_put_bytes(count)]
 
 
 def sort(args: Sequence[Any], out: Any) -> list[int]:
@@ -212,18 +210,6 @@ def sort(args: Sequence[Any], out: Any) -> list[int]:
     if not given.dim() or given.shape[-1] <= 4096 or given.numel() != given.shape[-1]:
         return []
     return [given.numel() * 8, radix_sort_bytes(given.numel(), given.element_size())]
-
-
-def radix_sort_bytes(count: int, key_bytes: int) -> int:
-    """cub's DeviceRadixSort of `count` keys with 8-byte values (dispatch_radix_sort.cuh, onesweep).
-
-    A second pair of arrays, 256 counters for each byte of the key, and 256 for each tile of 3,840 (the
-    tuning of capability 8.0); one tile alone needs next to nothing.
-    """
-    if count <= 2304:
-        return 1
-    tiles = -(-count // 3840)
-    return count * (key_bytes + 8) + 256 * 4 * (key_bytes + tiles) + 4 * key_bytes
 
 
 SCRATCH: dict[Any, Callable[[Sequence[Any], Any], list[int]]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.batching import check_gpu, has_masks
+from planner.batching import asks_masks, check_gpu
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.losses import LIGER_VERSION
 from planner.optimizers import EIGHT_BIT
@@ -57,7 +57,7 @@ def simulate(
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
     check_gpu(setup.training, device)
     options: dict[str, Any] = {"gpu": device, "allocator": allocator, "limit_bytes": limit_bytes}
-    options["has_masks"] = has_masks(setup.training)
+    options["has_masks"] = asks_masks(setup.training)
     simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)
     if watch:
         watch(simulation)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner.simulate.kernels import radix_sort_bytes
+from planner.sorting import radix_sort_bytes
 
 __all__ = ["SPARSE", "parts_of"]
 

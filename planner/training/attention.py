@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations import sdpa_attention
 
-from planner.batching import takes_lengths
+from planner.batching import takes_lengths, unpads
 from planner.spec import Training
-from planner.training.packed_attention import PACKED_ATTENTION
+from planner.training.varlen_attention import VARLEN_ATTENTION
 
 __all__ = ["attention_kernels", "implementation"]
 
@@ -25,7 +25,7 @@ def implementation(training: Training) -> str:
     """transformers' name for it; where a model knows no fused attention, eager takes its place."""
     if training.attention == "eager":
         return "eager"
-    return PACKED_ATTENTION if takes_lengths(training) else "sdpa"
+    return VARLEN_ATTENTION if takes_lengths(training) or unpads(training) else "sdpa"
 
 
 @contextmanager

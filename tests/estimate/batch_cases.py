@@ -55,6 +55,17 @@ BATCH_CASES: list[Case] = [
     (QWEN3, NF4, {**PADDED, "precision": "bf16-mixed"}),
     *[(LLAMA, LORA, {**PADDED, "gpu": gpu}) for gpu in ("h200", "rtx 4090")],
     *[(model, LORA, {**PADDED, "gpu": "t4", "precision": "fp16"}) for model in (LLAMA, NEOX)],
+    # padded under FlashAttention-2: the padding is taken out before the kernel and put back behind it
+    *[
+        (model, method, {**PADDED, "attention": "flash"})
+        for model in (LLAMA, QWEN3, NEOX, GPT2, PHI3, BERT)
+        for method in (FULL, LORA)
+    ],
+    *[(model, ALL_LINEAR, {**PADDED, "attention": "flash"}) for model in (OPT, ROBERTA)],
+    (NEOX, LORA, {**PADDED, "micro_batch_size": 1, "attention": "flash", "gpu": "h200"}),
+    (MISTRAL, NF4, {**PADDED, "attention": "flash", "precision": "bf16-mixed", **SEVERAL}),
+    (MIXTRAL, LORA, {**PADDED, "attention": "flash", "optimizer": "sgd", **CHECKPOINTED}),
+    (QWEN3, FULL, {**PADDED, "attention": "flash", "precision": "bf16-mixed", "loop": "trainer"}),
     # packed: one row, one mask as wide as all samples together
     *[(model, LORA, PACKED) for model in (LLAMA, QWEN2, NEOX, GPT2, PHI3, GEMMA2, GEMMA3)],
     *[(model, FULL, {**PACKED, "attention": a}) for model in (QWEN3, NEOX) for a in ("eager", "efficient")],
@@ -81,6 +92,8 @@ BATCH_CASES: list[Case] = [
     # long rows without logits, where masks and what attention keeps are most of the peak
     (LLAMA, LORA, {**PACKED, "micro_batch_size": 8, "seq_len": 1024, "loss": "chunked"}),
     *[(LLAMA, LORA, {**batch, **LONG}) for batch in (PACKED, PADDED)],
+    (LLAMA, LORA, {**PADDED, **LONG, "attention": "flash"}),
+    (NEOX, FULL, {**PADDED, **LONG, "attention": "flash", "activation_checkpointing": False}),
     (LLAMA, LORA, {**PACKED, **LONG, "attention": "flash"}),
     (LLAMA, LORA, {**PACKED, **LONG, "attention": "eager", "micro_batch_size": 4}),
     (QWEN3, LORA, {**PACKED, **LONG, "attention": "flash", "micro_batch_size": 64, "seq_len": 64}),

@@ -122,10 +122,11 @@ def test_a_trace_aligns_with_the_simulated_events(tmp_path: Path) -> None:
         {"loop": "trainer"},
         *[{"loss": loss, "loop": loop} for loss in ("chunked", "liger") for loop in ("plain", "trainer")],
         {"loss": "liger", "precision": "bf16-mixed"},
+        *[{"batching": kind, "attention": a} for kind in ("padded", "packed") for a in ("sdpa", "flash")],
     ],
     ids=str,
 )
-def test_another_loop_and_another_loss_are_simulated_as_they_run(step: dict[str, str]) -> None:
+def test_another_loop_loss_and_batch_are_simulated_as_they_run(step: dict[str, str]) -> None:
     if step.get("loss") == "liger":
         pytest.importorskip("liger_kernel", reason="liger_kernel is not installed: requirements-liger.txt")
     found = record_of(SETUP.replace(micro_batch_size=4, seq_len=512, **step))

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.batching import has_masks
+from planner.batching import asks_masks
 from planner.simulate import trace
 from planner.simulate.simulation import Simulation
 from planner.spec import Setup
@@ -97,7 +97,7 @@ def really(setup: Setup) -> tuple[list[Parameter], list[Live]]:
 
 def simulated(setup: Setup) -> tuple[list[Parameter], list[Live]]:
     """The same without values, without what only CUDA's kernels take; the host's tensors count too."""
-    simulation = Simulation(has_masks=has_masks(setup.training))
+    simulation = Simulation(has_masks=asks_masks(setup.training))
     counter = Counter("cpu", "meta")
 
     @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.batching import has_masks
+from planner.batching import asks_masks
 from planner.simulate.run import provenance
 from planner.simulate.simulation import Simulation
 from planner.training.run import TrainingRun
@@ -67,7 +67,7 @@ def simulated(run: dict[str, Any], longest: int = LONGEST, *, steps: bool = True
     bucket before is alive.
     """
     setup = setup_of(run, longest)
-    simulation = Simulation(gpu=setup.gpu, has_masks=has_masks(setup.training))
+    simulation = Simulation(gpu=setup.gpu, has_masks=asks_masks(setup.training))
     theirs = _PeftsRun(setup, torch.device("meta"), simulation.phase)
     with simulation.outcome():
         theirs.prepare()

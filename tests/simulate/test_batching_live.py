@@ -119,6 +119,23 @@ def test_flash_attention_on_a_row_makes_no_mask() -> None:
     assert not any("dot_product" in op or op == "aten.where.self" for op, _ in taken)
 
 
+def test_flash_attention_takes_the_padding_out_and_puts_it_back() -> None:
+    """modeling_flash_attention_utils.py: all tokens but one of padding, in each of two layers."""
+    taken = blocks(setup(LLAMA, "padded", "flash", seq_len=128))
+    tokens = 3 * 128 - 1
+    places = [size for op, size in taken if op == "aten.nonzero.default"]
+    assert places == [tokens * 8] * 2
+    kernels = [size for op, size in taken if op == "aten._flash_attention_forward.default"]
+    assert kernels[:2] == [tokens * 256 * 2, 4 * tokens * 4]  # the output, and the log-sum-exp of 4 heads
+    gathered = [size for op, size in taken if op == "aten.index.Tensor"]
+    wide, narrow = tokens * 256 * 2, tokens * 128 * 2
+    forward, backward = [narrow, narrow, wide], [wide]  # keys, values, queries; the output's gradient
+    assert gathered == forward * 2 + backward * 2
+    padded = [size for op, size in taken if op == "aten.new_zeros.default"]
+    assert sorted(padded) == sorted([384 * 256 * 2, *[384 * 128 * 2] * 2] * 2)  # of q, k and v
+    assert not any("dot_product" in op or op == "aten.where.self" for op, _ in taken)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "flash"])
 def test_one_sample_in_a_row_is_a_plain_batch(attention: str) -> None:
     """Its positions follow one another, so that torch's flash attention is there, and no mask."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planner.simulate.kernels import flash_backward, radix_sort_bytes
+from planner.simulate.kernels import flash_backward
+from planner.sorting import radix_sort_bytes
 from planner.units import MIB
 from tests.simulate.watched import meta, watched
 

@@ -23,7 +23,7 @@ from planner.batching import sample_lengths
 from planner.errors import SetupError
 from planner.spec import PeftConfig, Setup, Training
 from planner.training.batches import samples
-from planner.training.packed_attention import PACKED_ATTENTION
+from planner.training.varlen_attention import VARLEN_ATTENTION
 from tests.simulate.small import GPT2, LLAMA, setup_of
 from tests.training.peft_families import FAMILIES, VOCAB_SIZE, tiny_model
 
@@ -115,7 +115,6 @@ def by_lengths(query: Any, key: Any, value: Any, starts: Any, _starts: Any, long
                dropout: float, causal: bool, _debug: bool, *, scale: float | None = None,
                window_size_left: int | None = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """What `_flash_attention_forward` computes, sample by sample: `[tokens, heads, d]`."""
-    assert causal
     assert dropout == 0.0
     assert starts.dtype == torch.int32
     assert longest == max(starts.diff())
@@ -123,7 +122,8 @@ def by_lengths(query: Any, key: Any, value: Any, starts: Any, _starts: Any, long
     for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (query, key, value))
         back = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
-        seen = (back >= 0) & (back <= (S if window_size_left is None else window_size_left))
+        seen = ~torch.tensor(causal) | (back >= 0)
+        seen = seen & (back <= (S if window_size_left is None else window_size_left))
         out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
         rows.append(out[0].transpose(0, 1))
     return torch.cat(rows), query, query, query, query
@@ -135,10 +135,35 @@ def test_flash_attention_is_told_where_samples_begin(family: str) -> None:
     ids = ids_of()
     made = samples(training_of("packed", "flash"), ids.view(1, -1))
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", by_lengths):
-        found = answer(net_of(family, PACKED_ATTENTION, **SLIDING.get(family, {})), made)
+        found = answer(net_of(family, VARLEN_ATTENTION, **SLIDING.get(family, {})), made)
     wanted = alone(net_of(family, "sdpa", **SLIDING.get(family, {})), ids, (S,) * B)
     for here, there in zip(found, wanted, strict=True):
         torch.testing.assert_close(here, there, rtol=2e-4, atol=2e-6)
+
+
+UNPADDED = [f for f in (*BY_POSITIONS, "opt", *batching._ENCODERS) if f not in EAGER_ONLY]
+
+
+@pytest.mark.parametrize("family", UNPADDED)
+def test_flash_attention_takes_the_padding_out(family: str) -> None:
+    """As samples alone, of other lengths too than the planner's; the padding is never seen by the kernel."""
+    ids, lengths = ids_of(), (S, 7, 2)
+    there = torch.arange(S) < torch.tensor(lengths)[:, None]
+    made = {"input_ids": ids * there, "attention_mask": there.long(), "labels": ids.masked_fill(~there, -100)}
+    seen: list[int] = []
+
+    def counted(query: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(query))
+        return by_lengths(query, *args, **kwargs)
+
+    net = net_of(family, VARLEN_ATTENTION, **SLIDING.get(family, {}))
+    with mock.patch.object(torch.ops.aten, "_flash_attention_forward", counted):
+        found = answer(net, made)
+    assert set(seen) == {sum(lengths)}
+    other = net_of(family, "sdpa", **SLIDING.get(family, {}))
+    wanted = answer(other, made) if family in batching._ENCODERS else alone(other, ids, lengths)
+    for here, there_ in zip(found, wanted, strict=True):
+        torch.testing.assert_close(here, there_, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
@@ -192,13 +217,14 @@ def test_lengths_differ_and_some_are_shorter() -> None:
         assert 1 <= min(lengths) < s
         assert max(lengths) <= s
     assert sample_lengths(Training(micro_batch_size=2, seq_len=7)) == (7, 7)
+    most = Training(micro_batch_size=2, seq_len=7, batching="padded", attention="flash")
+    assert sample_lengths(most) == (7, 6)
 
 
 @pytest.mark.parametrize(
     "training, words",
     [
         ({"batching": "ragged"}, "batching must be one of full, padded, packed, got 'ragged'"),
-        ({"batching": "padded", "attention": "flash"}, "attention flash takes no mask, .* batching packed"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused(training: dict[str, Any], words: str) -> None:
