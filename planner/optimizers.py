@@ -10,7 +10,15 @@ from planner.units import gib
 if TYPE_CHECKING:
     from planner.spec import Training
 
-__all__ = ["EIGHT_BIT", "Optimizer", "ZeroGrad", "check_optimizer", "paged_note"]
+__all__ = [
+    "EIGHT_BIT",
+    "FROM_BITSANDBYTES",
+    "PAGED",
+    "Optimizer",
+    "ZeroGrad",
+    "check_optimizer",
+    "paged_note",
+]
 
 Optimizer = Literal[
     "adamw",
@@ -18,15 +26,25 @@ Optimizer = Literal[
     "adamw-single",
     "adamw-8bit",
     "paged-adamw-8bit",
+    "paged-adamw-32bit",
     "adafactor",
     "sgd",
     "sgd-momentum",
     "lion-8bit",
+    "lion-32bit",
+    "paged-lion-8bit",
+    "paged-lion-32bit",
 ]
 ZeroGrad = Literal["none", "zero"]
 
-EIGHT_BIT = ("adamw-8bit", "paged-adamw-8bit", "lion-8bit")
+EIGHT_BIT = ("adamw-8bit", "paged-adamw-8bit", "lion-8bit", "paged-lion-8bit")
 """bitsandbytes' optimizers as HF Trainer sets them up: states in 8 bits, those of embeddings in fp32."""
+
+FROM_BITSANDBYTES = (*EIGHT_BIT, "paged-adamw-32bit", "lion-32bit", "paged-lion-32bit")
+"""All of bitsandbytes'; states in 32 bits are fp32 whatever the weights are."""
+
+PAGED = tuple(name for name in FROM_BITSANDBYTES if name.startswith("paged-"))
+"""Those whose states are managed memory, 100,000 numbers and more of them."""
 
 
 def check_optimizer(training: Training) -> None:

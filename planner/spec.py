@@ -62,7 +62,7 @@ class Training:
     type; `bf16-mixed` and `fp16-mixed` keep fp32 weights under autocast; `textbook` is 16-bit weights
     and gradients with fp32 states (2 + 2 + 8 bytes a parameter). `optimizer` `adamw` is
     torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
-    is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
+    and `-32bit` are bitsandbytes', `adafactor` transformers' (fixed learning rate), all as in HF Trainer.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
     `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
     `liger` is liger_kernel's fused loss alone.

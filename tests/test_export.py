@@ -26,7 +26,7 @@ from planner.estimate.parameters import parameters
 from planner.export import BITSANDBYTES, LIGER, REQUIREMENTS, exported
 from planner.export.methods import PIECES
 from planner.export.script import script
-from planner.optimizers import EIGHT_BIT, Optimizer
+from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES, Optimizer
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftConfig, PeftOfSize, QLoRA, Setup, Training
 from planner.training.batches import tokens_asked_for
 from planner.training.recipe import no_autocast
@@ -235,7 +235,7 @@ def test_the_step_is_clipped_and_accumulated_as_planned(run, monkeypatch) -> Non
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_the_script_has_the_planned_optimizer(run, monkeypatch, optimizer: Any, zero_grad: Any) -> None:
     """The same class, settings and states as in the planner's own step, two steps on the CPU."""
-    if optimizer in EIGHT_BIT:
+    if optimizer in FROM_BITSANDBYTES:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         from bitsandbytes.optim import GlobalOptimManager
 

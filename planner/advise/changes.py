@@ -76,7 +76,7 @@ def changes(setup: Setup) -> tuple[Change, ...]:
     """
     before = estimate(setup)
     open_to = [(idea, keys) for idea in IDEAS if (keys := _possible(setup, idea)) is not None]
-    harmless = [item for item in open_to if item[0].price in ("nothing", "time")]
+    harmless = [item for item in open_to if item[0].price in ("nothing", "time") and item[0].at_once]
     lora = [item for item in open_to if item[0] is LORA]
     found = [_change(setup, before, [item]) for item in open_to]
     for several in (_needed(setup, harmless), _needed(setup, [*harmless, *lora]) if lora else []):

@@ -24,7 +24,8 @@ class Idea:
     """A change before its peak is known.
 
     `keys` gives the flat keys to set, None where the change does not apply; they may stand in `words`
-    and in `short`, which names the change in a list.
+    and in `short`, which names the change in a list. `at_once`: it may be one of several made together, as it
+    asks nothing of the machine.
     """
 
     price: Price
@@ -32,6 +33,7 @@ class Idea:
     short: str
     cost: str
     keys: Callable[[Setup], Mapping[str, Any] | None]
+    at_once: bool = True
 
 
 def _fused(setup: Setup) -> Mapping[str, Any] | None:
@@ -142,6 +144,10 @@ def _paged(setup: Setup) -> Mapping[str, Any] | None:
     return {"optimizer": "paged-adamw-8bit"} if _steps_all_in(setup, (*_ADAMW, "adamw-8bit")) else None
 
 
+def _paged_alone(setup: Setup) -> Mapping[str, Any] | None:
+    return {"optimizer": "paged-adamw-32bit"} if _steps_all_in(setup, _ADAMW) else None
+
+
 def _adafactor(setup: Setup) -> Mapping[str, Any] | None:
     shaped = not setup.model.is_bare  # its states follow from shapes
     return {"optimizer": "adafactor"} if shaped and _steps_all_in(setup, _ADAMW) else None
@@ -247,6 +253,14 @@ IDEAS = (
         short="chunked loss",
         cost="some time: the output layer is computed again in the backward pass",
         keys=_chunked_loss,
+    ),
+    Idea(
+        price="time",
+        words="Page AdamW's states, in fp32 (paged-adamw-32bit)",
+        short="paged-adamw-32bit",
+        cost="time where the GPU is full: states move to the host, which must have room; needs bitsandbytes",
+        keys=_paged_alone,
+        at_once=False,
     ),
     Idea(
         price="numerics",

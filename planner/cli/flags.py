@@ -37,7 +37,7 @@ HELP: dict[str, str] = {
     "seq_len": "tokens in each sample",
     "gradient_accumulation_steps": "micro batches in one optimizer step",
     "precision": "recipe of number formats for weights, gradients and optimizer states",
-    "optimizer": "optimizer; adamw is torch's own default on CUDA (foreach), -8bit is bitsandbytes",
+    "optimizer": "optimizer; adamw is torch's own default on CUDA, -8bit and -32bit are bitsandbytes'",
     "activation_checkpointing": "compute activations again in the backward pass instead of keeping them",
     "attention": "implementation of attention; sdpa is torch's own choice for the device",
     "clip_grad_norm": "clip gradients to this norm before each optimizer step (default: no clipping)",

@@ -9,7 +9,7 @@ from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES, recipe_of
 from planner.losses import LIGER_VERSION, LOSS_CHUNK_TOKENS, liger_chunk_tokens
-from planner.optimizers import EIGHT_BIT
+from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup, Training
 from planner.units import gib
@@ -132,8 +132,8 @@ def _optimizer_states(setup: Setup, report: MemoryReport) -> tuple[str, str, str
             "mean for each tensor; one-dimensional tensors keep all of theirs.",
             "transformers, optimization.py (Adafactor.step); Shazeer and Stern 2018, section 3",
         )
-    if optimizer in EIGHT_BIT:
-        return _eight_bit_states(optimizer, report)
+    if optimizer in FROM_BITSANDBYTES:
+        return _bitsandbytes_states(optimizer, report)
     return (
         r"2 \sum_{\mathrm{trained}\ W} e_s \, |W|",
         f"AdamW's two moments of {report.parameters.trainable:,} trained parameters, {kept}.",
@@ -141,11 +141,18 @@ def _optimizer_states(setup: Setup, report: MemoryReport) -> tuple[str, str, str
     )
 
 
-def _eight_bit_states(optimizer: str, report: MemoryReport) -> tuple[str, str, str]:
-    count = 1 if optimizer == "lion-8bit" else 2
+def _bitsandbytes_states(optimizer: str, report: MemoryReport) -> tuple[str, str, str]:
+    count = 1 if "lion" in optimizer else 2
     paged = report.provenance.get("paged_bytes", 0)
     large = r"|W| + 4 \left\lceil \tfrac{|W|}{256} \right\rceil"
     apart = f" {gib(paged)} of them are paged (100,000 numbers and more) and in no memory of torch's."
+    if optimizer not in EIGHT_BIT:
+        return (
+            rf"{count} \sum_{{\mathrm{{trained}}\ W}} 4\, |W|",
+            f"{report.parameters.trainable:,} trained parameters, {count} fp32 state"
+            f"{'s' if count > 1 else ''} each, whatever the weights are.{apart if paged else ''}",
+            "bitsandbytes, optim/optimizer.py (init_state, get_state_buffer)",
+        )
     return (
         rf"{count} \sum_{{|W| \geq 4096}} ({large}) + {count} \sum_{{\mathrm{{others}}}} 4\, |W|",
         f"{report.parameters.trainable:,} trained parameters: a byte for each state and an fp32 scale for "

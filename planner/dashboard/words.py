@@ -115,8 +115,9 @@ FIELD_HELP = {
     "precision": "bf16, fp16, fp32: weights, gradients and states in that type. bf16-mixed, fp16-mixed: fp32 "
     "weights under autocast. textbook: 2 + 2 + 8 bytes for each trained parameter.",
     "optimizer": "adamw is torch's own default on CUDA (foreach), with temporaries as large as what it "
-    "trains; adamw-fused has none, adamw-single those of one tensor. The 8-bit ones are bitsandbytes', with "
-    "embeddings in fp32 as HF Trainer sets them; what is paged is in no number of torch's.",
+    "trains; adamw-fused has none, adamw-single those of one tensor. The -8bit and -32bit ones are "
+    "bitsandbytes', in 8 bits with embeddings in fp32 as HF Trainer sets them; what is paged is in no number "
+    "of torch's.",
     "activation_checkpointing": "Keeps each layer's input and computes the layer again in the backward pass. "
     "Also called gradient checkpointing.",
     "attention": "sdpa is torch's own choice; eager keeps the whole attention matrix.",

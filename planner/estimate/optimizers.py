@@ -15,7 +15,7 @@ from planner.estimate.parameters import TrainedTensor, trained_tensors
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
 from planner.estimate.rounding import MIN_BLOCK_BYTES, block_bytes, packed_bytes
-from planner.optimizers import EIGHT_BIT, Optimizer
+from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES, PAGED, Optimizer
 from planner.spec import PeftConfig, PeftOfSize, Setup
 
 __all__ = [
@@ -34,10 +34,14 @@ _STATES: dict[Optimizer, int] = {
     "adamw-single": 2,
     "adamw-8bit": 2,
     "paged-adamw-8bit": 2,
+    "paged-adamw-32bit": 2,
     "adafactor": 0,
     "sgd": 0,
     "sgd-momentum": 1,
     "lion-8bit": 1,
+    "lion-32bit": 1,
+    "paged-lion-8bit": 1,
+    "paged-lion-32bit": 1,
 }
 _SMALL_NUMEL = 4096  # optim/adamw.py, min_8bit_size: tensors below it keep fp32 states
 _PAGED_NUMEL = 100_000  # optimizer.py, get_state_buffer: states from 1e5 elements on are paged
@@ -66,15 +70,17 @@ def states_are_known(setup: Setup) -> bool:
 
 
 def bare_memory(setup: Setup, trainable: int, element_bytes: int) -> OptimizerMemory:
-    """States of `trainable` parameters of unknown shapes, `element_bytes` each where they are not 8-bit."""
+    """States of `trainable` parameters of unknown shapes, `element_bytes` each under torch's optimizers."""
     optimizer = setup.training.optimizer
     count = _STATES[optimizer]
-    if optimizer not in EIGHT_BIT:
+    if optimizer not in FROM_BITSANDBYTES:
         return OptimizerMemory(states_bytes=count * trainable * element_bytes, temporaries_bytes=0)
-    scales = count * 4 * -(-trainable // _BLOCK_NUMEL)
-    if optimizer == "paged-adamw-8bit":
-        return OptimizerMemory(states_bytes=scales, temporaries_bytes=0, paged_bytes=count * trainable)
-    return OptimizerMemory(states_bytes=count * trainable + scales, temporaries_bytes=0)
+    eight = optimizer in EIGHT_BIT
+    scales = count * 4 * -(-trainable // _BLOCK_NUMEL) if eight else 0
+    states = count * trainable * (1 if eight else 4)
+    if optimizer in PAGED:
+        return OptimizerMemory(states_bytes=scales, temporaries_bytes=0, paged_bytes=states)
+    return OptimizerMemory(states_bytes=states + scales, temporaries_bytes=0)
 
 
 def optimizer_memory(
@@ -132,8 +138,9 @@ class _States:
 
 def _states(setup: Setup, tensors: Sequence[TrainedTensor], state_bytes: int | None) -> _States:
     optimizer = setup.training.optimizer
-    if optimizer in EIGHT_BIT:
-        return _eight_bits(optimizer, tensors, {t.name for t in setup.model.tensors if t.kind == "embedding"})
+    if optimizer in FROM_BITSANDBYTES:
+        embeddings = {t.name for t in setup.model.tensors if t.kind == "embedding"}
+        return _of_bitsandbytes(optimizer, tensors, embeddings if optimizer in EIGHT_BIT else set())
     if optimizer == "adafactor":
         return _States(on_device=[size for t in tensors for size in _factored(t.shape)])
     states = _States()
@@ -186,19 +193,22 @@ def _adafactor_temporaries(tensors: Iterable[TrainedTensor]) -> int:
     return most
 
 
-def _eight_bits(optimizer: Optimizer, tensors: Iterable[TrainedTensor], embeddings: set[str]) -> _States:
+def _of_bitsandbytes(
+    optimizer: Optimizer, tensors: Iterable[TrainedTensor], embeddings: set[str]
+) -> _States:
     """Optimizer1State and Optimizer2State, init_state; the update itself works in place.
 
-    `embeddings` keep fp32 states, as HF Trainer asks for.
+    In 8 bits `embeddings` keep fp32 states, as HF Trainer asks for.
     """
     count, states = _STATES[optimizer], _States()
+    smallest = _SMALL_NUMEL if optimizer in EIGHT_BIT else None
     maps = [_MAP_BYTES] * count
     for t in tensors:
-        single = t.numel < _SMALL_NUMEL or (not t.added and t.name in embeddings)
+        single = smallest is None or t.numel < smallest or (not t.added and t.name in embeddings)
         if not single:
             states.on_device += maps
             maps = []
-        paged = optimizer == "paged-adamw-8bit" and t.numel >= _PAGED_NUMEL
+        paged = optimizer in PAGED and t.numel >= _PAGED_NUMEL
         place = states.paged if paged else states.on_device
         place += [4 * t.numel if single else t.numel] * count
         if not single:

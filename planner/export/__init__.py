@@ -13,7 +13,7 @@ from planner.export.launch import launch_files, launch_lines
 from planner.export.methods import PIECES, piece_name
 from planner.export.script import script
 from planner.export.settings import settings
-from planner.optimizers import EIGHT_BIT
+from planner.optimizers import FROM_BITSANDBYTES
 from planner.spec import PeftOfSize, QLoRA, Setup
 from planner.units import count, gib
 
@@ -28,7 +28,7 @@ REQUIREMENTS = (
 )
 """The versions that train.py is tested with: those of `simulate` in pyproject.toml."""
 BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
-"""What 8-bit optimizers need beside them: that of `qlora` in pyproject.toml."""
+"""What bitsandbytes' optimizers need beside them: that of `qlora` in pyproject.toml."""
 LIGER = "liger-kernel>=0.8.5,<0.9"
 """What loss liger needs beside them: that of `liger` in pyproject.toml."""
 DEEPSPEED = "deepspeed>=0.19,<0.20"
@@ -47,8 +47,8 @@ def exported(setup: Setup) -> dict[str, str]:
     if reason:
         raise SetupError(reason)
     values = settings(setup)
-    eight_bits = setup.training.optimizer in EIGHT_BIT
-    own: tuple[str, ...] = (BITSANDBYTES,) if eight_bits or _quantizes(setup) else ()
+    needed = setup.training.optimizer in FROM_BITSANDBYTES
+    own: tuple[str, ...] = (BITSANDBYTES,) if needed or _quantizes(setup) else ()
     own += (LIGER,) if setup.training.loss == "liger" else ()
     own += (DEEPSPEED,) if setup.sharding.zero_stage else ()
     return {

@@ -11,7 +11,7 @@ from planner.export.loops import LOSSES, loss_line, one_step
 from planner.export.methods import PIECES, piece_name
 from planner.export.shared import SHARED_STEP, shared_lines, shared_save
 from planner.model import Task
-from planner.optimizers import EIGHT_BIT
+from planner.optimizers import FROM_BITSANDBYTES
 from planner.spec import Setup
 
 __all__ = ["script"]
@@ -141,7 +141,7 @@ _STEP = '''
 def optimizer_for(settings, model, trained):
     """The planned optimizer over the trained parameters."""
     name, rate = settings["optimizer"], settings["learning_rate"]
-{eight_bits}    if name == "adafactor":
+{bitsandbytes}    if name == "adafactor":
         return transformers.Adafactor(trained, lr=rate, scale_parameter=False, relative_step=False)
     if name in ("sgd", "sgd-momentum"):
         return torch.optim.SGD(trained, lr=rate, momentum=0.9 if name == "sgd-momentum" else 0.0)
@@ -181,17 +181,22 @@ _ALONE = {
     "fsdp": "",
 }
 
-_EIGHT_BITS = '''\
+_FROM_BITSANDBYTES = '''\
+    kinds = {
+        "adamw-8bit": bitsandbytes.optim.AdamW8bit,
+        "paged-adamw-8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "paged-adamw-32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "lion-8bit": bitsandbytes.optim.Lion8bit,
+        "lion-32bit": bitsandbytes.optim.Lion32bit,
+        "paged-lion-8bit": bitsandbytes.optim.PagedLion8bit,
+        "paged-lion-32bit": bitsandbytes.optim.PagedLion32bit,
+    }
     if name.endswith("-8bit"):
         overrides = bitsandbytes.optim.GlobalOptimManager.get_instance()
         for module in model.modules():  # states of embeddings stay in fp32, as in HF Trainer
             if isinstance(module, torch.nn.Embedding):
                 overrides.register_module_override(module, "weight", {"optim_bits": 32})
-        kinds = {
-            "adamw-8bit": bitsandbytes.optim.AdamW8bit,
-            "paged-adamw-8bit": bitsandbytes.optim.PagedAdamW8bit,
-            "lion-8bit": bitsandbytes.optim.Lion8bit,
-        }
+    if name in kinds:
         return kinds[name](trained, lr=rate)
 '''
 
@@ -234,13 +239,13 @@ def script(setup: Setup) -> str:
     """train.py for method, task and kind of optimizer of a setup; its values stand in settings.json."""
     shared, chunked = setup.sharding.is_distributed, setup.training.loss == "chunked"
     lengths = takes_lengths(setup.training)
-    task, eight_bits = setup.model.task, setup.training.optimizer in EIGHT_BIT
+    task, borrowed = setup.model.task, setup.training.optimizer in FROM_BITSANDBYTES
     piece = PIECES[piece_name(setup.method)]
     quantized, lines = piece.quantized, shared_lines(setup) if shared else _ALONE
     head = _HEAD.format(
         auto_class=_AUTO_CLASSES[task],
         standard="".join(f"import {name}\n" for name in piece.standard),
-        bitsandbytes="import bitsandbytes\n" if eight_bits else "",
+        bitsandbytes="import bitsandbytes\n" if borrowed else "",
         peft="import peft\n" if piece.peft else "",
         safetensors="" if piece.whole else "from safetensors.torch import save_file\n",
         nn="from torch import nn\n" if piece.modules else "",
@@ -258,7 +263,7 @@ def script(setup: Setup) -> str:
         varlen=varlen_line(setup.training),
         **({**lines, "to_device": ""} if quantized else lines),
     )
-    step = _STEP.replace("{eight_bits}", _EIGHT_BITS if eight_bits else "")
+    step = _STEP.replace("{bitsandbytes}", _FROM_BITSANDBYTES if borrowed else "")
     own = SHARED_STEP if shared else one_step(setup.training)
     step = step.replace("{one_step}", sent(own, setup.training))
     step = step.replace("{batches}", batches(setup.training))

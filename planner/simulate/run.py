@@ -12,7 +12,7 @@ import torch
 from planner.batching import asks_masks, check_gpu
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.losses import LIGER_VERSION
-from planner.optimizers import EIGHT_BIT
+from planner.optimizers import FROM_BITSANDBYTES
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.arrivals import band_note, loading_band
@@ -112,7 +112,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "peft": peft.__version__,
         "accelerate": accelerate.__version__,
     }
-    if _quantizes(setup) or setup.training.optimizer in EIGHT_BIT:
+    if _quantizes(setup) or setup.training.optimizer in FROM_BITSANDBYTES:
         import bitsandbytes
 
         versions["bitsandbytes"] = bitsandbytes.__version__

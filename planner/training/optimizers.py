@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner.errors import SetupError
-from planner.optimizers import EIGHT_BIT
+from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES
 
 __all__ = ["optimizer_for", "require_library"]
 
@@ -20,7 +20,7 @@ _MOMENTUM = 0.9  # torch.optim.SGD has no default other than 0; 0.9 is that of i
 
 def require_library(name: str) -> None:
     """Import what the optimizer needs beside torch. Raises SetupError where it is not installed."""
-    if name not in EIGHT_BIT:
+    if name not in FROM_BITSANDBYTES:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SetupError(
@@ -36,8 +36,8 @@ def optimizer_for(name: str, net: nn.Module) -> torch.optim.Optimizer:
     `adafactor` is transformers' with a fixed learning rate (trainer_optimizer.py, _get_adafactor).
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    if name in EIGHT_BIT:
-        return _eight_bits(name, net, trained)
+    if name in FROM_BITSANDBYTES:
+        return _of_bitsandbytes(name, net, trained)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -55,8 +55,8 @@ def optimizer_for(name: str, net: nn.Module) -> torch.optim.Optimizer:
     raise SetupError(f"optimizer {name} is not known to the training step.")
 
 
-def _eight_bits(name: str, net: nn.Module, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """bitsandbytes' optimizer, with states of embeddings in fp32 as HF Trainer asks for (trainer.py).
+def _of_bitsandbytes(name: str, net: nn.Module, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """bitsandbytes' optimizer; in 8 bits with fp32 states of embeddings, as HF Trainer asks for (trainer.py).
 
     The overrides stand in a manager of this optimizer's own: bitsandbytes' is one for the whole process and
     knows parameters by their addresses, which a later run may hold again.
@@ -66,9 +66,15 @@ def _eight_bits(name: str, net: nn.Module, trained: list[nn.Parameter]) -> torch
     kinds: dict[str, Any] = {
         "adamw-8bit": optim.AdamW8bit,
         "paged-adamw-8bit": optim.PagedAdamW8bit,
+        "paged-adamw-32bit": optim.PagedAdamW32bit,
         "lion-8bit": optim.Lion8bit,
+        "lion-32bit": optim.Lion32bit,
+        "paged-lion-8bit": optim.PagedLion8bit,
+        "paged-lion-32bit": optim.PagedLion32bit,
     }
     optimizer = kinds[name](trained, lr=_LEARNING_RATE)
+    if name not in EIGHT_BIT:
+        return optimizer  # type: ignore[no-any-return]
     overrides = optim.GlobalOptimManager.__new__(optim.GlobalOptimManager)
     overrides.initialize()
     for module in net.modules():

@@ -91,6 +91,12 @@ def test_harmless_changes_at_once_save_more_than_each():
     )
 
 
+def test_what_needs_room_on_the_host_is_advised_alone():
+    found = [change for change in changes(wasteful()) if change.keys.get("optimizer") == "paged-adamw-32bit"]
+    assert [dict(change.keys) for change in found] == [{"optimizer": "paged-adamw-32bit"}]
+    assert "the host, which must have room" in found[0].cost
+
+
 def test_every_change_at_once_is_needed():
     planned = wasteful()
     for change in changes(planned):
@@ -131,11 +137,12 @@ def test_smaller_states_are_advised_where_all_weights_are_trained():
         advised = {change.keys.get("optimizer") for change in changes(planned)}
         return advised - {None, "adamw-fused"}
 
-    smaller = {"adamw-8bit", "paged-adamw-8bit", "adafactor", "sgd"}
+    smaller = {"adamw-8bit", "paged-adamw-8bit", "paged-adamw-32bit", "adafactor", "sgd"}
     assert optimizers(precision="fp32") == smaller
     assert optimizers(precision="fp32", optimizer="adamw-8bit") == {"paged-adamw-8bit", "sgd"}
     assert optimizers(LoRA(), precision="fp32") == set()
-    assert optimizers(precision="textbook") == {"adafactor", "sgd"}  # its states are fp32
+    in_fp32 = {"paged-adamw-32bit", "adafactor", "sgd"}
+    assert optimizers(precision="textbook") == in_fp32
 
 
 def test_gradients_that_stay_are_given_up_first():

@@ -23,6 +23,10 @@ WORDS = {
     "sgd": "keeps no state",
     "sgd-momentum": "One momentum",
     "lion-8bit": "an fp32 scale for each 256",
+    "paged-adamw-32bit": "2 fp32 states each",
+    "lion-32bit": "1 fp32 state each",
+    "paged-lion-8bit": "are paged",
+    "paged-lion-32bit": "are paged",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from planner.estimate import estimate
-from planner.optimizers import EIGHT_BIT
+from planner.optimizers import FROM_BITSANDBYTES
 from planner.report import PARTS, MemoryReport
 from planner.simulate import simulate
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA, Setup, Training
@@ -98,6 +98,8 @@ OTHER_OPTIMIZERS = (
     "adafactor",
     "sgd-momentum",
     "lion-8bit",
+    "paged-adamw-32bit",
+    "paged-lion-32bit",
 )
 
 Case = tuple[str, Method, dict[str, Any]]
@@ -373,7 +375,7 @@ def test_estimate_is_within_two_percent_of_the_simulation(
     case: Case | Varied, record_property: Callable[[str, object], None]
 ) -> None:
     setup = _setup(case)
-    needs_bitsandbytes = isinstance(setup.method, QLoRA) or setup.training.optimizer in EIGHT_BIT
+    needs_bitsandbytes = isinstance(setup.method, QLoRA) or setup.training.optimizer in FROM_BITSANDBYTES
     if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed; tests/requirements.txt brings it")
     said, simulated = estimate(setup), simulate(setup)

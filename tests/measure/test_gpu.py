@@ -13,7 +13,7 @@ from planner.measure import measure
 from planner.measure.align import alignment
 from planner.measure.single import record_of
 from planner.measure.trace import trace_from
-from planner.optimizers import EIGHT_BIT, Optimizer
+from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES, Optimizer
 from planner.record import Record
 from planner.simulate.events import simulated_events
 from planner.training.run import TrainingRun
@@ -62,7 +62,7 @@ WIDE = {**LLAMA, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_si
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_the_states_and_the_step_of_each_optimizer(optimizer: Any, zero_grad: Any) -> None:
     """States exactly, peaks within 0.1 %, and what is paged counted apart; with 8 tokens the step weighs."""
-    if optimizer in EIGHT_BIT:
+    if optimizer in FROM_BITSANDBYTES:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     setup = setup_of(WIDE, optimizer=optimizer, zero_grad=zero_grad, micro_batch_size=1, seq_len=8)
     record = record_of(setup)

@@ -16,7 +16,7 @@ import torch
 from planner import Adapter, BitFit, LoRA, Setup
 from planner.measure import reading
 from planner.measure.answer import measured_report, readings
-from planner.optimizers import EIGHT_BIT, Optimizer
+from planner.optimizers import FROM_BITSANDBYTES, Optimizer
 from planner.report import PARTS, MemoryReport
 from planner.simulate.place import simulated_place
 from planner.simulate.run import simulate
@@ -133,7 +133,7 @@ SETUPS = {
 @pytest.mark.parametrize("name", SETUPS)
 def test_what_is_read_is_what_the_ledger_knows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = SETUPS[name]
-    if setup.training.optimizer in EIGHT_BIT:
+    if setup.training.optimizer in FROM_BITSANDBYTES:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     simulated = simulate(setup)
     measured = on_a_simulated_device(setup, monkeypatch)

@@ -14,7 +14,7 @@ from planner.errors import SetupError
 from planner.estimate import estimate
 from planner.estimate.optimizers import optimizer_memory, saved_state_bytes
 from planner.estimate.parameters import trained_tensors
-from planner.optimizers import EIGHT_BIT, Optimizer
+from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES, Optimizer
 from planner.report import MemoryReport, Phase
 from planner.simulate.run import simulate
 from planner.simulate.simulation import Simulation
@@ -31,7 +31,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 
 def _named(*names: str) -> list[Any]:
-    return [pytest.param(n, marks=needs_bitsandbytes if n in EIGHT_BIT else ()) for n in names]
+    return [pytest.param(n, marks=needs_bitsandbytes if n in FROM_BITSANDBYTES else ()) for n in names]
 
 
 OPTIMIZERS = _named(*get_args(Optimizer))
@@ -137,6 +137,21 @@ def test_paged_states_are_counted_apart_and_not_in_the_peak() -> None:
         assert any(f"({paged_bytes:,} bytes) are paged by bitsandbytes" in note for note in report.notes)
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind, count", [("adamw", 2), ("lion", 1)])
+def test_32_bit_states_are_fp32_whatever_the_weights_are(kind: str, count: int) -> None:
+    """init_state with optim_bits 32: fp32 of every tensor, embeddings and norms too, and no absmax."""
+    paged = simulate(setup_of(LLAMA, optimizer=f"paged-{kind}-32bit"))
+    large = [n for n in (*LINEARS, TABLE, TABLE) if n >= 100_000]
+    others = [n for n in (*LINEARS, *[NORM] * NORMS) if n < 100_000]
+    assert paged.provenance["paged_bytes"] == count * 4 * sum(large)
+    assert paged.parts.optimizer_states == count * sum(up(4 * n) for n in others)
+    if kind == "lion":
+        plain = simulate(setup_of(LLAMA, optimizer="lion-32bit"))
+        assert plain.parts.optimizer_states == sum(up(4 * n) for n in (*large, *others))
+        assert "paged_bytes" not in plain.provenance
+
+
 @pytest.mark.parametrize(
     "optimizer, precision, expected",
     [
@@ -146,7 +161,7 @@ def test_paged_states_are_counted_apart_and_not_in_the_peak() -> None:
         ("adafactor", "bf16", 4 * up(4 * TABLE) + up(4 * 1000) + up(4 * 256)),
         ("adafactor", "bf16-mixed", 2 * up(4 * TABLE) + up(4 * 1000) + up(4 * 256)),
         ("sgd-momentum", "bf16", 0),
-        *[pytest.param(name, "bf16", 0, marks=needs_bitsandbytes) for name in EIGHT_BIT],
+        *[pytest.param(name, "bf16", 0, marks=needs_bitsandbytes) for name in FROM_BITSANDBYTES],
     ],
 )
 def test_temporaries_of_a_step(optimizer: str, precision: str, expected: int) -> None:
@@ -225,7 +240,7 @@ def test_the_textbook_s_fp32_states_are_no_8_bit_ones(optimizer: Any) -> None:
 def test_an_unknown_choice_names_the_allowed_ones() -> None:
     with pytest.raises(SetupError, match="zero_grad must be one of none, zero, got 'keep'"):
         Training(zero_grad="keep")  # type: ignore[arg-type]
-    with pytest.raises(SetupError, match=r"optimizer must be one of adamw, .*, lion-8bit, got 'lion'"):
+    with pytest.raises(SetupError, match=r"optimizer must be one of adamw, .*, paged-lion-32bit, got 'lion'"):
         Training(optimizer="lion")  # type: ignore[arg-type]
 
 
@@ -238,6 +253,9 @@ def test_states_of_a_bare_number_of_parameters() -> None:
 
     assert states("adamw-8bit") == (2 * (7 * 10**9 + 4 * -(-7 * 10**9 // 256)), False)
     assert states("lion-8bit") == (7 * 10**9 + 4 * -(-7 * 10**9 // 256), False)
+    assert states("lion-32bit") == (4 * 7 * 10**9, False)
+    assert states("paged-adamw-32bit") == (0, False)
+    assert states("paged-lion-8bit") == (4 * -(-7 * 10**9 // 256), False)
     assert states("sgd-momentum") == (2 * 7 * 10**9, False)
     assert states("adamw-single") == states("adamw")
     assert states("adafactor") == (0, True)
