@@ -98,8 +98,6 @@ OTHER_OPTIMIZERS = (
     "adafactor",
     "sgd-momentum",
     "lion-8bit",
-    "paged-adamw-32bit",
-    "paged-lion-32bit",
 )
 
 Case = tuple[str, Method, dict[str, Any]]
@@ -185,6 +183,10 @@ CASES: list[Case] = [
         (model, FULL, {"micro_batch_size": 1, "seq_len": 128, "optimizer": optimizer, "clip_grad_norm": 0.5})
         for model, optimizer in zip((QWEN2, QWEN3, GEMMA, BERT, PHI, OLMO2), OTHER_OPTIMIZERS, strict=True)
     ],
+    (QWEN2, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "paged-adamw-32bit"}),
+    (GPT2, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "lion-32bit", "clip_grad_norm": 1.0}),
+    (LLAMA, NF4, {"micro_batch_size": 4, "optimizer": "paged-adamw-32bit", "precision": "bf16-mixed"}),
+    (NEOX, ALL_LINEAR, {"micro_batch_size": 2, "optimizer": "paged-lion-32bit"}),
     (MISTRAL, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "adafactor"}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "adafactor"}),
     (QWEN3_MOE, FULL, {"micro_batch_size": 1, "seq_len": 64, "optimizer": "paged-adamw-8bit"}),
