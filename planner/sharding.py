@@ -14,6 +14,7 @@ from planner.checks import choice, whole
 from planner.errors import SetupError
 
 if TYPE_CHECKING:
+    from planner.model import Model
     from planner.spec import Method, Training
 
 __all__ = ["CpuOffload", "Sharding", "ShardingKind", "check_sharding"]
@@ -106,10 +107,16 @@ class Sharding:
         return self.per_node if self.sharding == "hsdp" else self.num_gpus
 
 
-def check_sharding(sharding: Sharding, method: Method, training: Training) -> None:
+def check_sharding(sharding: Sharding, model: Model, method: Method, training: Training) -> None:
     """Refuse what the libraries cannot run together. Raises SetupError."""
     if not sharding.is_distributed:
         return
+    trains_wide = method.name == "full" and any(tensor.wide for tensor in model.tensors)
+    if sharding.is_fsdp and training.precision == "fp16" and trains_wide:
+        raise SetupError(
+            f"FSDP2 wants one type for all that a unit trains, with precision fp16 {model.id} keeps some of "
+            "its weights in fp32; choose fp16-mixed or bf16, or sharding ddp."
+        )
     kind = sharding.sharding
     if training.precision == "textbook":
         raise SetupError(

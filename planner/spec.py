@@ -146,7 +146,7 @@ class Setup:
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)
-        check_sharding(self.sharding, self.method, self.training)
+        check_sharding(self.sharding, self.model, self.method, self.training)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON values under the field names; `from_dict` gives an equal setup.

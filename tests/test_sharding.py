@@ -93,6 +93,15 @@ def test_what_the_libraries_cannot_run_together_is_refused(kind, training, metho
         )
 
 
+def test_weights_that_stay_in_fp32_are_refused_where_fsdp_would_train_them_beside_16_bit_ones():
+    """T5's `wo` (_keep_in_fp32_modules); torch, _fsdp_param_group.py asks for one type of what is trained."""
+    fsdp, fp16 = Sharding(num_gpus=2, sharding="fsdp"), Training(precision="fp16")
+    with pytest.raises(SetupError, match=r"t5-small keeps some of its weights in fp32; choose fp16-mixed"):
+        Setup(model="google-t5/t5-small", training=fp16, sharding=fsdp)
+    for other in ({"method": LoRA()}, {"training": Training(precision="bf16")}, {"model": MODEL}):
+        Setup(**{"model": "google-t5/t5-small", "training": fp16, "sharding": fsdp, **other})
+
+
 def test_ddp_takes_what_one_gpu_takes():
     ddp = Sharding(num_gpus=2, sharding="ddp")
     assert Setup(model=MODEL, method=QLoRA(), sharding=ddp).sharding == ddp
