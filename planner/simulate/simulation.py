@@ -68,9 +68,12 @@ class Simulation:
 
     @contextmanager
     def device(self) -> Iterator[None]:
-        """Trace everything inside; garbage collection is held so that two runs agree to the byte."""
+        """Trace everything inside; garbage collection is held so that two runs agree to the byte.
+
+        What an earlier run left is collected; the libraries' many objects are of an older generation.
+        """
         collecting = gc.isenabled()
-        gc.collect()
+        gc.collect(1)
         gc.disable()
         try:
             with ExitStack() as stack:

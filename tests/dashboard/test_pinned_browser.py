@@ -56,7 +56,7 @@ def test_three_pins_on_a_phone_do_not_scroll_sideways_and_axe_finds_nothing_seri
     )
     page.wait_for_selector(COMPARED)
     page.wait_for_timeout(1000)
-    assert wide(page) <= 0
+    eventually(page, lambda: wide(page) <= 0, "no sideways scroll")
     assert serious_findings(page) == []
 
 

@@ -90,7 +90,7 @@ def test_a_wider_file_adds_to_what_is_there(tmp_path: Path) -> None:
 
 
 def command(tmp_path: Path) -> subprocess.Popen[str]:
-    """`planner sweep` of the simulations, in a process of its own."""
+    """`planner sweep` of the simulations, in a process of its own that hears Ctrl-C wherever it starts."""
     return subprocess.Popen(
         [sys.executable, "-m", "planner", "sweep", str(tmp_path / "grid.toml"), "--workers", "2", "--json"],
         cwd=ROOT,
@@ -99,6 +99,7 @@ def command(tmp_path: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
 
 
