@@ -16,6 +16,7 @@ from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
 from planner.kernels import HALF_ONLY, Attention, check_attention
+from planner.liger import Kernels, check_kernels
 from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
 from planner.methods import (
     METHODS,
@@ -65,7 +66,8 @@ class Training:
     is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
     `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
-    `liger` is liger_kernel's fused loss alone.
+    `liger` is liger_kernel's fused loss alone. `kernels`: what computes norms, gated activations and rotary
+    positions; `liger` in both is HF Trainer's use_liger_kernel.
     `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
@@ -80,6 +82,7 @@ class Training:
     zero_grad: ZeroGrad = "none"
     loop: Loop = "plain"
     loss: Loss = "full"
+    kernels: Kernels = "torch"
     batching: Batching = "full"
 
     def __post_init__(self) -> None:
@@ -90,7 +93,7 @@ class Training:
         choice("optimizer", self.optimizer, get_args(Optimizer))
         choice("attention", self.attention, get_args(Attention))
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
-        check_step(self.loop, self.loss)
+        check_step(self.loop, self.loss, self.kernels)
         check_batch(self)
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
@@ -142,7 +145,9 @@ class Setup:
         object.__setattr__(self, "sharding", sharding or Sharding())
         _check_method(self.model, self.method)
         _check_training(self.model, self.method, self.training)
-        check_loss(self.training.loss, self.model, self.method, shared=self.sharding.is_distributed)
+        shared = self.sharding.is_distributed
+        check_loss(self.training.loss, self.model, self.method, shared=shared)
+        check_kernels(self.training.kernels, self.model, self.method, shared=shared)
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)

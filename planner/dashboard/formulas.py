@@ -8,7 +8,8 @@ from planner.batching import has_masks, row_shape
 from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES, recipe_of
-from planner.losses import LIGER_VERSION, LOSS_CHUNK_TOKENS, liger_chunk_tokens
+from planner.liger import LIGER_VERSION
+from planner.losses import LOSS_CHUNK_TOKENS, liger_chunk_tokens
 from planner.optimizers import EIGHT_BIT
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup, Training
