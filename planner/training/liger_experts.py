@@ -57,10 +57,10 @@ class _Experts(torch.autograd.Function):
         tuned("sum", device)
         if device.type != "meta":
             for place, expert in _by_expert(index):
-                both[place] = x[place // index.shape[1]] @ gate_up[expert].t()
+                both[place] = (x[place // index.shape[1]] @ gate_up[expert].t()).to(x.dtype)
                 active[place] = F.silu(both[place, :inner]) * both[place, inner:]
-                answers[place] = active[place] @ down[expert].t()
-            weighted = answers * flat.unsqueeze(1).to(x.dtype)
+                answers[place] = (active[place] @ down[expert].t()).to(x.dtype)
+            weighted = answers * flat.unsqueeze(1)
             out.copy_(weighted.view(len(x), index.shape[1], -1).sum(1))
         del counts, active, answers
         ctx.save_for_backward(x, gate_up, down, both, flat, *order)
@@ -141,8 +141,8 @@ def _gradients(
             gates = both[place].detach().requires_grad_()
             first, second = gates.chunk(2, -1)
             active = F.silu(first) * second
-        of_shares[place] = (incoming * (active.detach() @ down[expert].t())).sum(1)
-        weighted = incoming * flat[place].unsqueeze(1)
+        of_shares[place] = (incoming * (active.detach() @ down[expert].t())).sum(1).to(flat.dtype)
+        weighted = incoming * flat[place].to(incoming.dtype).unsqueeze(1)
         of_down[expert] = weighted.t() @ active.detach()
         (of_gates,) = torch.autograd.grad(active, gates, weighted @ down[expert])
         of_gate_up[expert] = of_gates.t() @ x[token]
