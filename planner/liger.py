@@ -14,16 +14,25 @@ from planner.methods import LoRA, Method, PeftConfig
 from planner.model import Model
 from planner.targets import adapts_experts
 
-__all__ = ["LIGER_VERSION", "REPLACED", "Kernels", "Replaced", "check_kernels", "liger_switches", "replaced"]
+__all__ = [
+    "LIGER_VERSION",
+    "REPLACED",
+    "Kernels",
+    "Replaced",
+    "adapted_experts",
+    "adapted_norm",
+    "check_kernels",
+    "fuses_experts",
+    "liger_switches",
+    "replaced",
+]
 
 Kernels = Literal["torch", "liger"]
 
 LIGER_VERSION = "0.8.5"  # the liger_kernel whose source the forms and the formulas follow
 
-# TrainingArguments.liger_kernel_config: every switch of transformers/monkey_patch.py for text models
-_LOSS_SWITCHES = ("fused_linear_cross_entropy",)
+# The switches of transformers/monkey_patch.py for text models beside those of the loss.
 _KERNEL_SWITCHES = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "relu_squared")
-_OFF = ("cross_entropy",)  # liger's loss on logits that are there: never on beside the fused one
 
 _BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -105,9 +114,19 @@ def replaced(kernels: str, model: Model) -> Replaced | None:
 
 
 def liger_switches(kernels: str, loss: str) -> dict[str, bool]:
-    """liger_kernel_config for a choice of kernels and loss; a model type passes over switches it lacks."""
-    on = (*(_KERNEL_SWITCHES if kernels == "liger" else ()), *(_LOSS_SWITCHES if loss == "liger" else ()))
-    return {name: name in on for name in (*_LOSS_SWITCHES, *_OFF, *_KERNEL_SWITCHES)}
+    """liger_kernel_config for a choice of kernels and loss; a model type passes over switches it lacks.
+
+    Kernels are left to each model type's defaults. Liger's loss on logits that are there is never on (it is
+    by default for Granite).
+    """
+    losses = {"fused_linear_cross_entropy": loss == "liger", "cross_entropy": False}
+    return losses if kernels == "liger" else {**losses, **dict.fromkeys(_KERNEL_SWITCHES, False)}
+
+
+def fuses_experts(kernels: str, model: Model) -> bool:
+    """Whether Liger's kernels run a mixture of experts."""
+    what = replaced(kernels, model)
+    return what is not None and what.gate == "experts"
 
 
 def check_kernels(kernels: str, model: Model, method: Method, *, shared: bool) -> None:
@@ -127,19 +146,29 @@ def check_kernels(kernels: str, model: Model, method: Method, *, shared: bool) -
             "choose kernels torch."
         )
     _check_method(model, method)
+    if fuses_experts("liger", model) and _has_dense_layers(model):
+        raise SetupError(
+            f"kernels liger looks for experts in every layer, and {model.id} has layers without; the library "
+            "stops there, so choose kernels torch."
+        )
     if shared:
         raise SetupError(
             "kernels liger is covered on one GPU only; choose kernels torch or leave --num-gpus out."
         )
 
 
+def _has_dense_layers(model: Model) -> bool:
+    """Qwen3-MoE: transformers 5.23, models/qwen3_moe/modeling_qwen3_moe.py, Qwen3MoeDecoderLayer."""
+    config = model.config
+    return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
+
+
 def _check_method(model: Model, method: Method) -> None:
     """What the library would pass over. Raises SetupError."""
     if isinstance(method, PeftConfig) and method.values["peft_type"] == "LN_TUNING":
         raise adapted_norm(model.id)
-    if not isinstance(method, LoRA) or replaced("liger", model) is None:
-        return
-    if adapts_experts(model, method.target_modules):
+    experts = isinstance(method, LoRA) and adapts_experts(model, method.target_modules)
+    if experts and fuses_experts("liger", model):
         raise adapted_experts(model.id)
 
 

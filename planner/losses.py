@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from planner.checks import choice
 from planner.errors import SetupError
-from planner.liger import LIGER_VERSION, Kernels
+from planner.liger import LIGER_VERSION, Kernels, check_kernels
 from planner.methods import LoRA, Method, PeftConfig
 from planner.model import Model
 from planner.targets import lora_targets
+
+if TYPE_CHECKING:
+    from planner.spec import Training
 
 __all__ = [
     "LOSS_CHUNK_TOKENS",
@@ -53,8 +56,13 @@ def check_step(loop: str, loss: str, kernels: str) -> None:
     choice("kernels", kernels, get_args(Kernels))
 
 
-def check_loss(loss: str, model: Model, method: Method, *, shared: bool) -> None:
-    """Refuse a loss in pieces where it would be another loss, or is not known. Raises SetupError."""
+def check_loss(training: Training, model: Model, method: Method, *, shared: bool) -> None:
+    """Refuse a loss in pieces where it would be another loss, or is not known, and kernels without one.
+
+    Raises SetupError.
+    """
+    check_kernels(training.kernels, model, method, shared=shared)
+    loss = training.loss
     if loss == "full" or model.is_bare:
         return
     if loss == "liger":

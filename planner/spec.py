@@ -16,7 +16,7 @@ from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
 from planner.kernels import HALF_ONLY, Attention, check_attention
-from planner.liger import Kernels, check_kernels
+from planner.liger import Kernels
 from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
 from planner.methods import (
     METHODS,
@@ -61,13 +61,11 @@ class Training:
 
     `precision` is a recipe: `fp32`, `bf16` and `fp16` keep weights, gradients and AdamW's states in that
     type; `bf16-mixed` and `fp16-mixed` keep fp32 weights under autocast; `textbook` is 16-bit weights
-    and gradients with fp32 states (2 + 2 + 8 bytes a parameter). `optimizer` `adamw` is
-    torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
-    is bitsandbytes, `adafactor` transformers' (fixed learning rate), both as HF Trainer sets them up.
-    `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
+    and gradients with fp32 states (2 + 2 + 8 bytes a parameter). `optimizer` `adamw` is torch's own default
+    (foreach), `adamw-single` its loop over single tensors; `-8bit` is bitsandbytes, `adafactor` transformers'
+    (fixed learning rate). `attention` `sdpa` is torch's choice. `zero_grad` `zero`: gradients stay, as zeros.
     `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
-    `liger` is liger_kernel's fused loss alone. `kernels`: what computes norms, gated activations and rotary
-    positions; `liger` in both is HF Trainer's use_liger_kernel.
+    `liger` is liger_kernel's fused loss alone. `kernels`: norms, gated activations and rotary positions.
     `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
@@ -145,9 +143,7 @@ class Setup:
         object.__setattr__(self, "sharding", sharding or Sharding())
         _check_method(self.model, self.method)
         _check_training(self.model, self.method, self.training)
-        shared = self.sharding.is_distributed
-        check_loss(self.training.loss, self.model, self.method, shared=shared)
-        check_kernels(self.training.kernels, self.model, self.method, shared=shared)
+        check_loss(self.training, self.model, self.method, shared=self.sharding.is_distributed)
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
             _check_qlora(self.model, self.method, self.training)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from planner.batching import has_flash, takes_lengths
+from planner.liger import replaced
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.spec import Adapter, FullFineTuning, LoRA, QLoRA, Setup
 
@@ -68,6 +69,12 @@ def _half_batch(setup: Setup) -> Mapping[str, Any] | None:
 
 def _checkpointing(setup: Setup) -> Mapping[str, Any] | None:
     return None if setup.training.activation_checkpointing else {"activation_checkpointing": True}
+
+
+def _liger_kernels(setup: Setup) -> Mapping[str, Any] | None:
+    what = replaced("liger", setup.model)  # of its experts nothing is known by formula
+    known = what is not None and what.gate != "experts"
+    return {"kernels": "liger"} if known and setup.training.kernels != "liger" else None
 
 
 def _fused_loss(setup: Setup) -> Mapping[str, Any] | None:
@@ -218,6 +225,13 @@ IDEAS = (
         short="Liger's loss",
         cost="nothing: the same loss, its logits never all there; needs liger-kernel",
         keys=_fused_loss,
+    ),
+    Idea(
+        price="nothing",
+        words="Use Liger's norms, activations and rotary positions (kernels liger)",
+        short="Liger's kernels",
+        cost="nothing: the same functions, which keep less and work in place; needs liger-kernel",
+        keys=_liger_kernels,
     ),
     Idea(
         price="time",

@@ -8,7 +8,6 @@ planner/training/liger_kernels.py and liger_experts.py.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from planner.estimate.attention_plan import AttentionPlan

@@ -23,7 +23,7 @@ from planner.estimate.seq2seq import seq2seq_stack
 from planner.estimate.stretches import Stack, Stretch, stretch_of
 from planner.estimate.tape import Tensor
 from planner.estimate.traits import TRAITS
-from planner.liger import replaced
+from planner.liger import fuses_experts, replaced
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.model import Architecture
 from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
@@ -40,15 +40,9 @@ def has_formulas(setup: Setup) -> bool:
         and shape.family in TRAITS
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
-        and not _has_fused_experts(setup)
+        and not fuses_experts(setup.training.kernels, setup.model)
         and not (shape.encoder_layers and (_changes_tables(setup) or _pads_biases(setup.training)))
     )
-
-
-def _has_fused_experts(setup: Setup) -> bool:
-    """Whether Liger's kernels run the experts: each is tried in several forms in the first step alone."""
-    what = replaced(setup.training.kernels, setup.model)
-    return what is not None and what.gate == "experts"
 
 
 def _pads_biases(training: Training) -> bool:
@@ -161,7 +155,8 @@ def _operations(setup: Setup, shape: Architecture) -> Operations:
     rows, length = row_shape(training)
     prefix = _virtual_tokens(setup, "prefix_tuning")
     what = replaced(training.kernels, setup.model)
-    kind = partial(LigerOperations, what=what, multiprocessors=multiprocessors(setup.gpu)) if what else Operations
+    card = multiprocessors(setup.gpu)
+    kind = partial(LigerOperations, what=what, multiprocessors=card) if what else Operations
     return kind(
         rows * length,
         length,

@@ -29,8 +29,8 @@ def liger_forms(modules: Modules, gpu: Gpu | None) -> Iterator[None]:
 
     From capability 8.0 on (taken where none is known) the weight's gradient is summed in place.
     """
-    found = [sys.modules.get(f"planner.training.{name}") for name in ("liger", "liger_kernels", "liger_experts")]
-    loss, kernels, experts = found
+    names = ("liger", "liger_kernels", "liger_experts")
+    loss, kernels, experts = (sys.modules.get(f"planner.training.{name}") for name in names)
     if loss is None or kernels is None or experts is None:
         yield
         return

@@ -118,7 +118,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, single: bool, in_place: bool
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float,
+        single: bool,
+        in_place: bool,
     ) -> torch.Tensor:
         shape = x.shape
         rows = x.contiguous().view(-1, shape[-1])

@@ -213,6 +213,20 @@ def test_ligers_loss_is_advised_where_the_library_has_it() -> None:
     assert advised(LLAMA, loss="liger") == []
 
 
+def test_ligers_kernels_are_advised_where_their_memory_is_known() -> None:
+    def advised(model: str, **training: Any) -> list[Any]:
+        planned = Setup(model=model, training=Training(micro_batch_size=4, seq_len=1024, **training))
+        return [change for change in changes(planned) if change.keys == {"kernels": "liger"}]
+
+    (kernels,) = advised("Qwen/Qwen3-0.6B", loss="liger")
+    assert kernels.price == "nothing"
+    assert "liger-kernel" in kernels.cost
+    assert kernels.saving_bytes > 2**30
+    assert advised("gpt2") == []
+    assert advised("mistralai/Mixtral-8x7B-v0.1", loss="liger") == []
+    assert advised(LLAMA, kernels="liger") == []
+
+
 def test_weights_in_four_bits_are_advised_to_lora_with_the_same_adapters() -> None:
     method = LoRA(lora_rank=32, lora_dropout=0.1, target_modules=("q_proj", "v_proj"))
     planned = Setup(

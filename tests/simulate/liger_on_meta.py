@@ -19,6 +19,7 @@ __all__ = ["library_in_place", "library_module", "library_or_skip", "tiles_of", 
 
 
 def library_or_skip() -> None:
+    """Skip where the library cannot be imported."""
     pytest.importorskip("liger_kernel", reason="liger_kernel is not installed: requirements-liger.txt")
     pytest.importorskip("triton", reason="triton is not installed: it comes with torch's build for CUDA")
 
@@ -40,7 +41,7 @@ class _Torch:
 
 
 def library_module(name: str, multiprocessors: int, *, tiles: int = 0) -> Any:
-    """A copy of liger_kernel.ops.<name> as a card would run it; `tiles` is what a kernel would have counted."""
+    """A copy of liger_kernel.ops.<name> as a card would run it; `tiles` are those a kernel would count."""
     module = import_module(f"liger_kernel.ops.{name}")
     with open(str(module.__file__), encoding="utf-8") as file:
         source = file.read().replace('"cuda"', '"meta"')
