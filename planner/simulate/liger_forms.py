@@ -20,6 +20,7 @@ from planner.simulate.trace import Modules
 __all__ = ["liger_forms"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_FORWARD = ("rms_norm", "gated", "rotated", "fused_experts")
 _TUNING_BYTES = 256 * 2**20  # triton 3, backends/nvidia/driver.py: get_empty_cache_for_benchmark
 
 
@@ -37,6 +38,7 @@ def liger_forms(modules: Modules, gpu: Gpu | None) -> Iterator[None]:
     forms: list[tuple[Any, str, Callable[..., Any]]] = [
         (loss, "has_buffer", _has_buffer),
         (loss, "fused_loss", _marked(loss.fused_loss, modules)),
+        *[(kernels, name, _made_again(getattr(kernels, name), modules)) for name in _FORWARD],
         (kernels, "multiprocessors", lambda _device: multiprocessors(gpu)),
         (experts, "tuned", _tuned()),
     ]
@@ -47,6 +49,19 @@ def liger_forms(modules: Modules, gpu: Gpu | None) -> Iterator[None]:
         for module, name, form in forms:
             stack.enter_context(mock.patch.object(module, name, form))
         yield
+
+
+def _made_again(original: Callable[..., Any], modules: Modules) -> Callable[..., Any]:
+    """A forward pass within a checkpoint's recomputation, where autograd's functions turn gradients off."""
+
+    def form(*args: Any, **kwargs: Any) -> Any:
+        before, modules.made_again = modules.made_again, torch.is_grad_enabled()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            modules.made_again = before
+
+    return form
 
 
 def _tuned() -> Callable[[str, torch.device], None]:
