@@ -12,7 +12,7 @@ from typing import Literal
 from planner.errors import SetupError, nearest
 from planner.units import parse_bytes
 
-__all__ = ["Gpu", "MemoryKind", "gpu", "gpus", "multiprocessors"]
+__all__ = ["Gpu", "MemoryKind", "gpu", "gpus", "multiprocessors", "multiprocessors_of"]
 
 MemoryKind = Literal["torch", "driver", "nominal", "asked"]
 
@@ -44,6 +44,12 @@ class Gpu:
     def nominal(self) -> bool:
         """Whether the size is the product's, because no report of a driver could be cited."""
         return self.memory_kind == "nominal"
+
+
+def multiprocessors_of(driver_name: str) -> int | None:
+    """Of the GPU that a driver reports by this name, None where the catalogue does not know."""
+    found = {item.multiprocessors for item in gpus() if item.driver_name == driver_name}
+    return found.pop() if len(found) == 1 else None
 
 
 @cache

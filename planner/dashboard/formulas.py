@@ -187,9 +187,17 @@ def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
         formula,
         f"b = {training.micro_batch_size}, s = {training.seq_len:,}, h = {shape.hidden_size:,}, "
         f"l = {shape.num_layers}, a = {shape.num_attention_heads} heads, f = {shape.intermediate_size:,}: "
-        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.{_mask(training)}",
-        "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation",
+        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.{_mask(training)}"
+        f"{_LIGER if training.kernels == 'liger' else ''}",
+        "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation"
+        + (f"; liger_kernel {LIGER_VERSION}, ops" if training.kernels == "liger" else ""),
     )
+
+
+_LIGER = (
+    " Liger's kernels keep a norm's input in its own type and of a gated activation gate and up alone, which "
+    "become their gradients; they turn queries and keys in place."
+)
 
 
 def _mask(training: Training) -> str:

@@ -96,19 +96,11 @@ class LigerOperations(Operations):
             return super().turned(q, k, share, plan)
         if self.traits.fused_qkv == "slices":
             q, k = (self.op((t,), t.numel, t.element, aliases=True) for t in (q, k))
+        of_q, of_k = (Tensor(t.numel, t.element, t.needs_grad, t.owner) for t in (q, k))
         by_heads = plan.kernel in ("math", "eager")
         if by_heads and plan.a > 1:
-            return self._back_by_heads(q, k)
-        if (plan.repeated or by_heads) and plan.k > 1:
-            return self._in_place(q), self._back_by_heads(k)[0]
-        return self._in_place(q), self._in_place(k)
-
-    def _in_place(self, x: Tensor) -> Tensor:
-        out = Tensor(x.numel, x.element, x.needs_grad, x.owner)
-        self.nodes.append(Node((x,), (out,), aliases=True))
-        return out
-
-    def _back_by_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outs = tuple([Tensor(t.numel, t.element, t.needs_grad, t.owner) for t in tensors])
-        self.nodes.append(Node(tensors, outs))
-        return outs
+            self.nodes.append(Node((q, k), (of_q, of_k)))
+        else:
+            self.nodes.append(Node((q,), (of_q,), aliases=True))
+            self.nodes.append(Node((k,), (of_k,), aliases=not (plan.repeated and plan.k > 1)))
+        return of_q, of_k

@@ -9,8 +9,8 @@ swiglu.py, geglu.py and rope.py; which module gets which, planner/liger.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType, ModuleType
 from typing import Any
 from unittest import mock
@@ -54,8 +54,7 @@ def with_kernels(net: nn.Module, model: Model, device: torch.device) -> Position
             layer.mlp.experts.forward = MethodType(fused_experts, layer.mlp.experts)
         elif what.gate:
             layer.mlp.forward = MethodType(_MLPS[what.gate, what.fused_gate_up], layer.mlp)
-    turned = {"apply_rotary_pos_emb": rotated} if what.rotary else {}
-    return lambda: mock.patch.multiple(modeling, **turned) if turned else _nothing()
+    return _turning(modeling, rotated) if what.rotary else nullcontext
 
 
 def _library(base: Any, modeling: ModuleType) -> Positions:
@@ -66,12 +65,11 @@ def _library(base: Any, modeling: ModuleType) -> Positions:
     _apply_liger_kernel_to_instance(model=base, **liger_switches("liger", "full"))
     turned = vars(modeling)["apply_rotary_pos_emb"]
     vars(modeling).update(before)
-    return lambda: mock.patch.object(modeling, "apply_rotary_pos_emb", turned)
+    return _turning(modeling, turned)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _turning(modeling: ModuleType, function: Any) -> Positions:
+    return lambda: mock.patch.object(modeling, "apply_rotary_pos_emb", function)
 
 
 def _refuse_wrapped(body: Any, what: Replaced, model: Model) -> None:
