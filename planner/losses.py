@@ -49,11 +49,11 @@ _LIGER_TYPES = (
 )
 
 
-def check_step(loop: str, loss: str, kernels: str) -> None:
+def check_step(training: Training) -> None:
     """Refuse a loop, a loss or kernels of another name. Raises SetupError."""
-    choice("loop", loop, get_args(Loop))
-    choice("loss", loss, get_args(Loss))
-    choice("kernels", kernels, get_args(Kernels))
+    choice("loop", training.loop, get_args(Loop))
+    choice("loss", training.loss, get_args(Loss))
+    choice("kernels", training.kernels, get_args(Kernels))
 
 
 def check_loss(training: Training, model: Model, method: Method, *, shared: bool) -> None:

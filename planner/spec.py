@@ -60,12 +60,11 @@ class Training:
     """How one optimizer step is run. `b` = micro_batch_size, `s` = seq_len.
 
     `precision` is a recipe: `fp32`, `bf16` and `fp16` keep weights, gradients and AdamW's states in that
-    type; `bf16-mixed` and `fp16-mixed` keep fp32 weights under autocast; `textbook` is 16-bit weights
-    and gradients with fp32 states (2 + 2 + 8 bytes a parameter). `optimizer` `adamw` is torch's own default
-    (foreach), `adamw-single` its loop over single tensors; `-8bit` is bitsandbytes, `adafactor` transformers'
-    (fixed learning rate). `attention` `sdpa` is torch's choice. `zero_grad` `zero`: gradients stay, as zeros.
-    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
-    `liger` is liger_kernel's fused loss alone. `kernels`: norms, gated activations and rotary positions.
+    type; `bf16-mixed`, `fp16-mixed` fp32 weights under autocast; `textbook` 2 + 2 + 8 bytes. `optimizer`
+    `adamw` is torch's default (foreach), `adamw-single` its loop over single tensors; `-8bit` bitsandbytes',
+    `adafactor` transformers' (fixed learning rate). `attention` `sdpa` is torch's choice. `zero_grad` `zero`:
+    gradients stay. `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss`
+    `chunked` has few, `liger` fuses. `kernels`: what computes norms, gated activations, rotary positions.
     `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
@@ -91,7 +90,7 @@ class Training:
         choice("optimizer", self.optimizer, get_args(Optimizer))
         choice("attention", self.attention, get_args(Attention))
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
-        check_step(self.loop, self.loss, self.kernels)
+        check_step(self)
         check_batch(self)
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(

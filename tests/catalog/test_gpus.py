@@ -58,11 +58,12 @@ def test_reported_sizes_are_what_the_cited_reports_say() -> None:
 
 
 def test_multiprocessors_are_those_that_cards_report() -> None:
-    # torch.cuda.get_device_properties and deviceQuery outputs: bottlerocket-os/bottlerocket#3873,
-    # pytorch/ao#4002, and the whitepapers of the others
-    reported = {"a100-40gb": 108, "b200": 148, "h100": 132, "a40": 84, "rtx-3090": 82, "t4": 40, "v100-32gb": 80}
+    # torch.cuda.get_device_properties and deviceQuery outputs: see gpus.json, multiprocessors_source
+    reported = {"a10": 72, "a10g": 80, "a40": 84, "a100-40gb": 108, "b200": 148, "h100": 132, "h20": 78}
+    reported |= {"gh200": 132, "l40s": 142, "rtx-4090-laptop": 76, "rtx-5090": 170}
     for name, count in reported.items():
         assert multiprocessors(gpu(name)) == count
+    assert all(item.multiprocessors for item in gpus())
     assert multiprocessors(None) == multiprocessors(gpu("24GiB")) == 108  # an A100's where none are known
     assert multiprocessors_of("NVIDIA H200") == 132
     assert multiprocessors_of("Another card") is None
