@@ -110,7 +110,7 @@ def with_liger(model, device):
     return model
 '''
 
-_LOSS = "the loss: both gradients of the output layer are made in the forward pass"
+_LOSS = "the loss: the output layer's gradients are made in the forward pass"
 _KERNELS = "norms, activations and rotary positions"
 
 
@@ -124,7 +124,7 @@ def functions(training: Training) -> str:
     return own + _LIGER.format(
         whole=", which needs none here" if fused and kernels else "",
         switches="".join(f'    "{name}": {on},\n' for name, on in switches),
-        what=f"{_KERNELS}, and of {_LOSS}" if fused and kernels else _KERNELS if kernels else _LOSS,
+        what=f"{_KERNELS}, and of the loss" if fused and kernels else _KERNELS if kernels else _LOSS,
     )
 
 

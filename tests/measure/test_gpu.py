@@ -122,11 +122,13 @@ def test_a_trace_aligns_with_the_simulated_events(tmp_path: Path) -> None:
         {"loop": "trainer"},
         *[{"loss": loss, "loop": loop} for loss in ("chunked", "liger") for loop in ("plain", "trainer")],
         {"loss": "liger", "precision": "bf16-mixed"},
+        {"kernels": "liger"},
+        *[{"kernels": "liger", "loss": "liger", "precision": kind} for kind in ("bf16", "bf16-mixed")],
     ],
     ids=str,
 )
 def test_another_loop_and_another_loss_are_simulated_as_they_run(step: dict[str, str]) -> None:
-    if step.get("loss") == "liger":
+    if "liger" in step.values():
         pytest.importorskip("liger_kernel", reason="liger_kernel is not installed: requirements-liger.txt")
     found = record_of(SETUP.replace(micro_batch_size=4, seq_len=512, **step))
     simulated = found.simulation.report
