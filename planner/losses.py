@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from planner.checks import choice
 from planner.errors import SetupError
-from planner.methods import LoRA, Method
+from planner.liger import LIGER_VERSION, Kernels, check_kernels
+from planner.methods import LoRA, Method, PeftConfig
 from planner.model import Model
 from planner.targets import lora_targets
 
+if TYPE_CHECKING:
+    from planner.spec import Training
+
 __all__ = [
-    "LIGER_KERNELS",
-    "LIGER_VERSION",
     "LOSS_CHUNK_TOKENS",
     "NOT_COVERED",
     "Loop",
@@ -27,19 +29,6 @@ Loop = Literal["plain", "trainer"]
 Loss = Literal["full", "chunked", "liger"]
 
 LOSS_CHUNK_TOKENS = 1024  # tokens whose logits are there at once under loss chunked: planner.training.losses
-
-LIGER_VERSION = "0.8.5"  # the liger_kernel whose source the forms and the formulas of loss liger follow
-# TrainingArguments.liger_kernel_config for that loss alone: every switch of transformers/monkey_patch.py
-LIGER_KERNELS = {
-    "fused_linear_cross_entropy": True,
-    "cross_entropy": False,
-    "rope": False,
-    "rms_norm": False,
-    "layer_norm": False,
-    "swiglu": False,
-    "geglu": False,
-    "relu_squared": False,
-}
 
 NOT_COVERED = {  # a setting that somebody may ask for, and why there is none
     "torch_compile": "torch_compile is not covered: the compiler decides by version and device which tensors "
@@ -60,14 +49,20 @@ _LIGER_TYPES = (
 )
 
 
-def check_step(loop: str, loss: str) -> None:
-    """Refuse a loop or a loss of another name. Raises SetupError."""
-    choice("loop", loop, get_args(Loop))
-    choice("loss", loss, get_args(Loss))
+def check_step(training: Training) -> None:
+    """Refuse a loop, a loss or kernels of another name. Raises SetupError."""
+    choice("loop", training.loop, get_args(Loop))
+    choice("loss", training.loss, get_args(Loss))
+    choice("kernels", training.kernels, get_args(Kernels))
 
 
-def check_loss(loss: str, model: Model, method: Method, *, shared: bool) -> None:
-    """Refuse a loss in pieces where it would be another loss, or is not known. Raises SetupError."""
+def check_loss(training: Training, model: Model, method: Method, *, shared: bool) -> None:
+    """Refuse a loss in pieces where it would be another loss, or is not known, and kernels without one.
+
+    Raises SetupError.
+    """
+    check_kernels(training.kernels, model, method, shared=shared)
+    loss = training.loss
     if loss == "full" or model.is_bare:
         return
     if loss == "liger":
@@ -78,8 +73,7 @@ def check_loss(loss: str, model: Model, method: Method, *, shared: bool) -> None
                 f"{model.id} ({kind}) is none of them; choose loss full"
                 f"{' or chunked' if _plain_head(model) else ''}."
             )
-        targets = lora_targets(model, method.target_modules) if isinstance(method, LoRA) else ()
-        if any(target.weight.role == "head" for target in targets):
+        if _adapts_head(model, method):
             raise adapted_head(model.id)
     elif not _plain_head(model):
         raise SetupError(
@@ -88,6 +82,23 @@ def check_loss(loss: str, model: Model, method: Method, *, shared: bool) -> None
         )
     if shared:
         raise SetupError(f"loss {loss} is covered on one GPU only; choose loss full or leave --num-gpus out.")
+
+
+def _adapts_head(model: Model, method: Method) -> bool:
+    """Whether a method plainly puts something around the output layer.
+
+    Of an adapter_config.json what names it: "all-linear" leaves it out (peft 0.21, tuners/tuners_utils.py), a
+    pattern is peft's to read, and a copy in modules_to_save is trained by the loss itself.
+    """
+    if isinstance(method, LoRA):
+        return any(t.weight.role == "head" for t in lora_targets(model, method.target_modules))
+    if not isinstance(method, PeftConfig):
+        return False
+    named = method.values.get("target_modules")
+    heads = {tensor.module for tensor in model.tensors if tensor.role == "head"}
+    return isinstance(named, list) and any(
+        head == name or head.endswith(f".{name}") for head in heads for name in named
+    )
 
 
 def _plain_head(model: Model) -> bool:

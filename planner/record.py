@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from planner.catalog.gpus import Gpu
+from planner.catalog.gpus import Gpu, multiprocessors_of
 from planner.errors import PlannerError
 from planner.report import MemoryReport
 from planner.spec import Setup, Training
@@ -63,6 +63,7 @@ class Device:
             memory_kind="torch",
             capability=self.capability,
             source=f"read on the device, driver {self.driver}",
+            multiprocessors=multiprocessors_of(self.name),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
 from planner.kernels import HALF_ONLY, Attention, check_attention
+from planner.liger import Kernels
 from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
+from planner.method_checks import check_method, check_qlora
 from planner.methods import (
     METHODS,
     Adapter,
@@ -31,7 +33,7 @@ from planner.methods import (
 from planner.model import Model
 from planner.optimizers import Optimizer, ZeroGrad, check_optimizer
 from planner.sharding import Sharding, check_sharding
-from planner.targets import PRESETS, adapter_places, adapts_experts, bias_tensors, lora_targets
+from planner.targets import PRESETS
 
 __all__ = [
     "METHODS",
@@ -50,8 +52,6 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
 
-_QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
-_OWN_LINEARS = ("falcon",)  # transformers, integrations/bitsandbytes.py: exactly nn.Linear is exchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Training:
     and `-32bit` are bitsandbytes', `adafactor` transformers' (fixed learning rate), all as in HF Trainer.
     `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
     `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
-    `liger` is liger_kernel's fused loss alone.
+    `liger` is liger_kernel's fused loss, `kernels` `liger` its norms, gated activations, rotary positions.
     `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
@@ -80,6 +80,7 @@ class Training:
     zero_grad: ZeroGrad = "none"
     loop: Loop = "plain"
     loss: Loss = "full"
+    kernels: Kernels = "torch"
     batching: Batching = "full"
 
     def __post_init__(self) -> None:
@@ -90,7 +91,7 @@ class Training:
         choice("optimizer", self.optimizer, get_args(Optimizer))
         choice("attention", self.attention, get_args(Attention))
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
-        check_step(self.loop, self.loss)
+        check_step(self)
         check_batch(self)
         if not isinstance(self.activation_checkpointing, bool):
             raise SetupError(
@@ -140,12 +141,12 @@ class Setup:
         object.__setattr__(self, "training", training or Training())
         object.__setattr__(self, "gpu", gpu_named(gpu) if isinstance(gpu, str) else gpu)
         object.__setattr__(self, "sharding", sharding or Sharding())
-        _check_method(self.model, self.method)
+        check_method(self.model, self.method)
         _check_training(self.model, self.method, self.training)
-        check_loss(self.training.loss, self.model, self.method, shared=self.sharding.is_distributed)
+        check_loss(self.training, self.model, self.method, shared=self.sharding.is_distributed)
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
-            _check_qlora(self.model, self.method, self.training)
+            check_qlora(self.model, self.method, self.training)
         check_sharding(self.sharding, self.model, self.method, self.training)
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,94 +238,6 @@ def _method(values: dict[str, Any]) -> Method:
     for key in sorted(foreign & set(values)):
         raise SetupError(f"{key} does not belong to method {name}; leave it out or choose another method.")
     return cls(**{key: values.pop(key) for key in sorted(fields & set(values))})
-
-
-def _check_method(model: Model, method: Method) -> None:
-    if isinstance(method, FullFineTuning):
-        return
-    if isinstance(method, PeftOfSize):
-        if method.trainable_params > model.parameters:
-            raise SetupError(
-                f"trainable_params {method.trainable_params:,} is more than the model's "
-                f"{model.parameters:,} parameters; give a smaller number."
-            )
-        return
-    if model.is_bare:
-        raise SetupError(
-            f"method {method.name} needs the model's layers, and {model.id} is only a number of parameters; "
-            "give --trainable-params, or a model's id or config.json."
-        )
-    if isinstance(method, PeftConfig):
-        return  # peft itself holds it against the model
-    if isinstance(method, LoRA):
-        _check_lora(model, method)
-    elif isinstance(method, BitFit):
-        if not bias_tensors(model):
-            raise SetupError(
-                f"BitFit trains bias terms, and {model.id} has none; choose lora or adapter."
-            )
-    else:
-        _check_adapter(model, method)
-
-
-def _check_lora(model: Model, method: LoRA) -> None:
-    targets = lora_targets(model, method.target_modules)
-    if not targets:
-        raise SetupError(
-            f"target_modules {', '.join(method.target_modules)} matches no linear layer of {model.id}; "
-            "name the layers instead."
-        )
-    widest = max((target.weight for target in targets), key=lambda t: min(t.shape[-2:]))
-    limit = min(widest.shape[-2:])
-    if method.lora_rank > limit:  # gates of h x 1 and the like take any rank, as in peft
-        raise SetupError(
-            f"lora_rank {method.lora_rank} is above every target matrix of {model.id} (the largest is "
-            f"{widest.module.rpartition('.')[2]}, {widest.shape[-2]} x {widest.shape[-1]}); "
-            f"give at most {limit}."
-        )
-    if method.lora_dropout and adapts_experts(model, method.target_modules):
-        raise SetupError(
-            f"lora_dropout {method.lora_dropout:g} with experts among the targets is refused by peft; "
-            "use lora_dropout 0, or attention as target_modules."
-        )
-
-
-def _check_qlora(model: Model, method: QLoRA, training: Training) -> None:
-    if model.config.get("model_type") in _OWN_LINEARS:
-        raise SetupError(
-            f"method qlora finds nothing to quantize in {model.id}: its linear layers are of a class of its "
-            "own, which transformers leaves as it is; choose lora."
-        )
-    if method.lora_bias != "none":
-        raise SetupError(
-            f"lora_bias {method.lora_bias} is not covered with qlora: bitsandbytes changes the type of a "
-            "layer's bias while it runs; use lora_bias none, or method lora."
-        )
-    if training.precision not in _QLORA_PRECISIONS:
-        raise SetupError(
-            f"method qlora computes in 16 bits over quantized weights, precision {training.precision} does "
-            f"not; choose {', '.join(_QLORA_PRECISIONS)}."
-        )
-    if training.attention in HALF_ONLY and not training.precision.endswith("-mixed"):
-        raise SetupError(
-            f"attention {training.attention} takes 16-bit numbers, and qlora with precision "
-            f"{training.precision} attends in fp32; choose bf16-mixed, or attention sdpa, efficient or eager."
-        )
-
-
-def _check_adapter(model: Model, method: Adapter) -> None:
-    if model.architecture is None:
-        raise SetupError(
-            f"where bottleneck adapters go in {model.id} is not known; choose lora, bitfit or full."
-        )
-    hidden = model.architecture.hidden_size
-    if method.bottleneck(hidden) > hidden:
-        raise SetupError(
-            f"adapter_size {method.bottleneck(hidden)} is above the hidden size of {model.id}; "
-            f"give at most {hidden}."
-        )
-    if not adapter_places(model, model.architecture.mlp_output):
-        raise SetupError(f"{model.id} has no module {model.architecture.mlp_output} to put an adapter after.")
 
 
 def _check_training(model: Model, method: Method, training: Training) -> None:

@@ -39,6 +39,7 @@ PEFT_RUNS = re.compile(r"(<!-- published peft -->\n).*?(<!-- end -->)", re.DOTAL
 SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCHING = re.compile(r"(<!-- batching -->\n).*?(<!-- end -->)", re.DOTALL)
+KERNELS = re.compile(r"(<!-- kernels -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDED = re.compile(r"(<!-- recorded -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -252,6 +253,7 @@ def rewritten(text: str) -> str:
     text = RECORDED.sub(lambda found: found[1] + recorded_text() + found[2], text)
     text = OPTIMIZERS.sub(lambda found: found[1] + optimizer_table() + found[2], text)
     text = BATCHING.sub(lambda found: found[1] + batching_table() + found[2], text)
+    text = KERNELS.sub(lambda found: found[1] + kernels_table() + found[2], text)
     text = PEFT_RUNS.sub(lambda found: found[1] + peft_runs_table() + found[2], text)
     text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
@@ -360,6 +362,30 @@ def batching_table() -> str:
         ]
         rows.append(f"| `{batching}` | `{attention}` | {' | '.join(peaks)} |")
     return "\n".join(rows) + "\n"
+
+
+def kernels_table() -> str:
+    """Peaks by formula with torch's kernels and Liger's, with and without its loss."""
+    from planner import LoRA, Setup, Training, estimate
+    from planner.units import gib
+
+    methods = {"full fine-tuning": None, "LoRA, all linear layers": LoRA(target_modules=("all-linear",))}
+    rows = [f"| loss | kernels | {' | '.join(methods)} | ... with checkpointing |", "| --- " * 5 + "|"]
+    for loss in ("full", "liger"):
+        for kernels in ("torch", "liger"):
+            training = Training(micro_batch_size=8, seq_len=2048, loss=loss, kernels=kernels)
+            full, lora = (
+                Setup(model="Qwen/Qwen3-0.6B", method=method, training=training)
+                for method in methods.values()
+            )
+            setups = (full, lora, lora.replace(activation_checkpointing=True))
+            peaks = [gib(estimate(setup).peak_allocated_bytes) for setup in setups]
+            rows.append(f"| `{loss}` | `{kernels}` | {' | '.join(peaks)} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_of_kernels_is_today_s() -> None:
+    assert f"<!-- kernels -->\n{kernels_table()}<!-- end -->" in written()
 
 
 def test_the_table_of_batching_is_today_s() -> None:

@@ -157,7 +157,7 @@ def test_each_loop_and_loss_trains_alike(run, model: str, method: Any) -> None:
     if model == "qwen2":  # BERT's loss is refused in chunks
         assert losses(loss="chunked") == pytest.approx(plain, abs=2e-4)
         assert losses(loop="trainer", loss="chunked") == pytest.approx(plain, abs=2e-4)
-        assert losses(loss="liger") == plain  # on the CPU the model's own, and the script says so
+        assert losses(loss="liger", kernels="liger") == plain  # on the CPU the model's own
 
 
 def test_hf_trainer_s_loop_divides_by_the_labels_of_the_whole_step(tmp_path) -> None:
@@ -192,8 +192,14 @@ def test_only_what_a_loop_needs_is_written() -> None:
     fused = script(planned("qwen2", loss="liger"))
     assert "liger" not in plain + trainer
     assert '"fused_linear_cross_entropy": True,\n    "cross_entropy": False,' in fused
-    assert "    model = fused(model, accelerator.device)\n    if settings" in fused
-    for text in (plain, trainer, fused):
+    assert "(model, settings)\n    model = with_liger(model, accelerator.device)\n    model.train()" in fused
+    kernels = script(planned("qwen2", kernels="liger"))
+    assert 'KERNELS = {\n    "fused_linear_cross_entropy": False,\n    "cross_entropy": False,\n}' in kernels
+    both = script(planned("qwen2", kernels="liger", loss="liger"))
+    assert 'KERNELS = {\n    "fused_linear_cross_entropy": True,\n    "cross_entropy": False,\n}' in both
+    chunked = script(planned("qwen2", kernels="liger", loss="chunked"))
+    assert chunked.index("model = chunked(model)") < chunked.index("model = with_liger(model")
+    for text in (plain, trainer, fused, kernels, both, chunked):
         compile(text, "train.py", "exec")
         assert max(map(len, text.splitlines())) <= 110
 
@@ -458,5 +464,6 @@ def test_the_requirements_are_the_tested_ranges() -> None:
     assert eight_bits["requirements.txt"].splitlines() == [*extras["simulate"], BITSANDBYTES]
     assert "bitsandbytes" not in exported(planned())["train.py"]
     assert extras["liger"] == [LIGER]
-    fused = exported(planned("qwen2", loss="liger"))
-    assert fused["requirements.txt"].splitlines() == [*extras["simulate"], LIGER]
+    for asked in ({"loss": "liger"}, {"kernels": "liger"}):
+        fused = exported(planned("qwen2", **asked))
+        assert fused["requirements.txt"].splitlines() == [*extras["simulate"], LIGER]

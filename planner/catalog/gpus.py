@@ -12,12 +12,13 @@ from typing import Literal
 from planner.errors import SetupError, nearest
 from planner.units import parse_bytes
 
-__all__ = ["Gpu", "MemoryKind", "gpu", "gpus"]
+__all__ = ["Gpu", "MemoryKind", "gpu", "gpus", "multiprocessors", "multiprocessors_of"]
 
 MemoryKind = Literal["torch", "driver", "nominal", "asked"]
 
 _VENDOR_WORDS = re.compile(r"nvidia|geforce|tesla|generation|rtx|gtx")
 _SIZE = re.compile(r"[-+0-9.,\s]+[kmgt]?i?b\s*", re.IGNORECASE)
+_A100_MULTIPROCESSORS = 108  # as in gpus.json
 _LONGEST_NAME = 100  # characters; the longest driver name has 49
 
 
@@ -28,6 +29,7 @@ class Gpu:
     `memory_kind` says who gave `total_bytes`: `torch` (CUDA's totalGlobalMem: what a training run can
     use), `driver` (nvidia-smi or OpenCL: up to 3 % more), `nominal` (the product's size read as GiB: up
     to 6 % more), `asked` (a size typed by the user, as in "24GiB"; its `capability` is None).
+    `multiprocessors`: how many it has, None where no number is cited.
     """
 
     name: str
@@ -36,11 +38,18 @@ class Gpu:
     memory_kind: MemoryKind
     capability: tuple[int, int] | None
     source: str
+    multiprocessors: int | None = None
 
     @property
     def nominal(self) -> bool:
         """Whether the size is the product's, because no report of a driver could be cited."""
         return self.memory_kind == "nominal"
+
+
+def multiprocessors_of(driver_name: str) -> int | None:
+    """Of the GPU that a driver reports by this name, None where the catalogue does not know."""
+    found = {item.multiprocessors for item in gpus() if item.driver_name == driver_name}
+    return found.pop() if len(found) == 1 else None
 
 
 @cache
@@ -72,6 +81,12 @@ def gpu(text: str) -> Gpu:
         names = " or ".join(item.name for item in found)
         raise SetupError(f"{text!r} is sold with more than one memory size; write {names}.")
     return _typed_size(text)
+
+
+def multiprocessors(gpu: Gpu | None) -> int:
+    """Of the GPU; of one that is not named or has no cited number, those of an A100 (capability 8.0)."""
+    known = gpu.multiprocessors if gpu else None
+    return known or _A100_MULTIPROCESSORS
 
 
 def _typed_size(text: str) -> Gpu:

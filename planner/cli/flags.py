@@ -52,6 +52,8 @@ HELP: dict[str, str] = {
     "loop": "who writes the loop: plain keeps the logits through the backward pass, HF's trainer does not",
     "loss": "full makes all logits at once, chunked those of 1,024 tokens at a time, twice; liger is "
     "liger_kernel's fused loss, without its other kernels",
+    "kernels": "what computes norms, gated activations and rotary positions; liger beside --loss liger is HF "
+    "Trainer's use_liger_kernel",
     "batching": "samples all of one length (full), padded to it with a mask, or packed into one row",
 }
 

@@ -8,7 +8,8 @@ from planner.batching import has_masks, row_shape
 from planner.dashboard.shared_formulas import shared_writers
 from planner.dashboard.words import PART_TITLES, peak_place
 from planner.estimate.recipes import RECIPES, recipe_of
-from planner.losses import LIGER_VERSION, LOSS_CHUNK_TOKENS, liger_chunk_tokens
+from planner.liger import LIGER_VERSION
+from planner.losses import LOSS_CHUNK_TOKENS, liger_chunk_tokens
 from planner.optimizers import EIGHT_BIT, FROM_BITSANDBYTES
 from planner.report import MemoryReport
 from planner.spec import Adapter, BitFit, LoRA, QLoRA, Setup, Training
@@ -193,9 +194,17 @@ def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
         formula,
         f"b = {training.micro_batch_size}, s = {training.seq_len:,}, h = {shape.hidden_size:,}, "
         f"l = {shape.num_layers}, a = {shape.num_attention_heads} heads, f = {shape.intermediate_size:,}: "
-        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.{_mask(training)}",
-        "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation",
+        f"{kept}. A frozen linear layer keeps no copy of its input, a trained one does.{_mask(training)}"
+        f"{_LIGER if training.kernels == 'liger' else ''}",
+        "torch/csrc/autograd derivatives.yaml; transformers' layers, operation by operation"
+        + (f"; liger_kernel {LIGER_VERSION}, ops" if training.kernels == "liger" else ""),
     )
+
+
+_LIGER = (
+    " Liger's kernels keep a norm's input in its own type and of a gated activation gate and up alone, which "
+    "become their gradients; they turn queries and keys in place."
+)
 
 
 def _mask(training: Training) -> str:

@@ -86,6 +86,7 @@ FIELD_LABELS = {
     "zero_grad": "Gradients after a step",
     "loop": "Training loop",
     "loss": "Loss",
+    "kernels": "Kernels",
     "batching": "Samples of different length",
     "lora_rank": "Rank r",
     "lora_alpha": "Alpha",
@@ -128,6 +129,8 @@ FIELD_HELP = {
     "loss": "full makes the logits of all tokens at once; chunked those of 1,024 tokens at a time, and once "
     "more in the backward pass; liger is liger_kernel's fused loss, which makes the head's gradients in the "
     "forward pass.",
+    "kernels": "What computes norms, gated activations and rotary positions. liger: liger_kernel's, which "
+    "keep less and work in place; with loss liger it is use_liger_kernel of Hugging Face's Trainer.",
     "batching": "full: every sample has all tokens; padded: shorter ones are filled up and a mask goes to "
     "attention; packed: all samples in one row, none filled up.",
     "lora_alpha": "The update is scaled by alpha / r; empty means 2 r.",
@@ -153,7 +156,7 @@ NOT_COUNTED = (
     "Other processes on the card, and what a desktop draws there.",
     "Evaluation during training, above all generation with its key-value cache.",
     "Tensor, pipeline and expert parallelism: several GPUs share a run by its data alone.",
-    "Kernels that replace parts of the model beyond the loss: Liger's norms and activations, Unsloth.",
+    "Kernels of other libraries that replace parts of the model, such as Unsloth's.",
     "torch.compile: the compiler decides by version and device what it keeps, fuses or computes again.",
     "The host's memory: data loading, pinned buffers and loading the checkpoint.",
 )

@@ -25,12 +25,14 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
     """Attention of x [T, h] over itself: projections, positions, the kernel, the output projection."""
     q, k, v = _queries_keys_values(ops, x, shape, form)
     if form.head_norms and shape.qk_norm != "none":
-        q = ops.norm(q, form.head_norms[0], shape.norm)
-        k = ops.norm(k, form.head_norms[1], shape.norm)
+        q = ops.head_norm(q, form.head_norms[0], shape.norm)
+        k = ops.head_norm(k, form.head_norms[1], shape.norm)
+    element = ops.recipe.compute if ops.recipe.autocast else v.element
+    plan = attention_plan(shape, form, setup, element, prefix=ops.prefix)
     if shape.positions == "rope" and form.rotary:
         share = (shape.rotary_dim or shape.head_dim) / shape.head_dim
         plain = q, k
-        q, k = (ops.rotary(t, share, cats=ops.traits.rotary_cats) for t in plain)
+        q, k = ops.turned(q, k, share, plan)
         ops.hold(*plain)
     wide = q.element > ops.recipe.compute  # rotated under autocast: the scores follow q's type
     variables = x, q, k, v
@@ -38,7 +40,6 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     if ops.prefix:
         k, v = (_behind_prefix(ops, t, shape) for t in (k, v))
-    plan = attention_plan(shape, form, setup, v.element, prefix=ops.prefix)
     if ops.prefix:
         _cached(ops, k, v, plan, setup.training)
     if plan.repeated:

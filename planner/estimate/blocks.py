@@ -173,15 +173,11 @@ def mlp(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) -> Ten
     """down(act(gate(x)) * up(x)), down(act(up(x))), or a mixture of experts."""
     if form.mlp_output is None:
         return experts(ops, x, shape, form)
+    held: tuple[Tensor, ...] = ()
     if shape.mlp == "plain":
         inner = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
-    elif shape.fused_gate_up:
-        both = ops.linear(x, form.mlp_inputs[0])
-        gate, up = ops.split(both, (both.numel // 2, both.numel // 2))
-        inner = ops.product(up, ops.activation(gate, shape.activation))
     else:
-        gate = ops.activation(ops.linear(x, form.mlp_inputs[0]), shape.activation)
-        inner = ops.product(gate, ops.linear(x, form.mlp_inputs[1]))
+        inner, held = ops.gated(x, form, shape.activation, fused=shape.fused_gate_up)
     out = ops.linear(inner, form.mlp_output)
-    ops.hold(x)
+    ops.hold(x, *held)
     return out

@@ -46,7 +46,7 @@ def hidden_for_head(ops: Operations, x: Tensor, form: ModelForm, shape: Architec
         x = ops.activation(ops.linear(x, form.outer_linears[-1]), "gelu")
         return ops.norm(x, form.outer_norms[-1], shape.norm)
     if form.outer_norms:
-        x = ops.norm(x, form.outer_norms[-1], shape.norm)
+        x = ops.last_norm(x, form.outer_norms[-1], shape.norm)
     for projection in form.outer_linears:
         if projection.name == "project_out":  # OPT-350m
             x = ops.linear(x, projection)

@@ -6,7 +6,8 @@ follows torch 2.13, tools/autograd/derivatives.yaml; what runs follows transform
 
 from __future__ import annotations
 
-from planner.estimate.forms import LinearForm, NormForm
+from planner.estimate.attention_plan import AttentionPlan
+from planner.estimate.forms import LayerForm, LinearForm, NormForm
 from planner.estimate.peft_operations import dora, scaled_by_vector
 from planner.estimate.quantized_linear import quantized_product
 from planner.estimate.recipes import Recipe
@@ -169,6 +170,14 @@ class Operations(Tape):
         """The family's normalization."""
         return self.rms_norm(x, form) if kind == "rmsnorm" else self.layer_norm(x, form)
 
+    def last_norm(self, x: Tensor, form: NormForm, kind: str) -> Tensor:
+        """The normalization before the head."""
+        return self.norm(x, form, kind)
+
+    def head_norm(self, x: Tensor, form: NormForm, kind: str) -> Tensor:
+        """The normalization of queries or keys."""
+        return self.norm(x, form, kind)
+
     def rms_norm(self, x: Tensor, form: NormForm) -> Tensor:
         """w * x / sqrt(mean(x^2) + eps), in fp32: the models' own RMSNorm modules.
 
@@ -241,6 +250,20 @@ class Operations(Tape):
         tanh = self.op((inner,), x.numel, inner.element, keeps_output=True)
         return self.product(half, self.op((tanh,), x.numel, tanh.element, aliases=True))
 
+    def gated(
+        self, x: Tensor, form: LayerForm, activation: str, *, fused: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """act(gate) up, and what the model's variables hold until it is projected down.
+
+        `fused`: gate and up are halves of one layer's output.
+        """
+        if fused:
+            both = self.linear(x, form.mlp_inputs[0])
+            gate, up = self.split(both, (both.numel // 2, both.numel // 2))
+            return self.product(up, self.activation(gate, activation)), ()
+        active = self.activation(self.linear(x, form.mlp_inputs[0]), activation)
+        return self.product(active, self.linear(x, form.mlp_inputs[1])), ()
+
     def _gelu_fast(self, x: Tensor) -> Tensor:
         """FastGELUActivation: x / 2 (1 + tanh(c x (1 + d x x))), every factor of a product is kept."""
         half, scaled, inner = self.scaled(x), self.scaled(x), self.scaled(x)
@@ -248,6 +271,11 @@ class Operations(Tape):
         bracket = self.op((square,), x.numel, square.element, aliases=True)
         tanh = self.op((self.product(scaled, bracket),), x.numel, x.element, keeps_output=True)
         return self.product(half, self.op((tanh,), x.numel, tanh.element, aliases=True))
+
+    def turned(self, q: Tensor, k: Tensor, share: float, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """Rotary positions of queries and keys, whose heads they turn by `share`."""
+        cats = self.traits.rotary_cats
+        return self.rotary(q, share, cats=cats), self.rotary(k, share, cats=cats)
 
     def rotary(self, x: Tensor, share: float, *, cats: bool) -> Tensor:
         """x cos + rotate_half(x) sin. Keeps nothing of x: cos and sin are the model's, once for all layers.

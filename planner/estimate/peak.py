@@ -16,6 +16,7 @@ from planner.estimate.sharded import sharded_report
 from planner.estimate.stack import has_formulas, stack
 from planner.estimate.stretches import Stack
 from planner.estimate.workspace import Workspaces, workspaces
+from planner.liger import fuses_experts
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, Parts, Phase
 from planner.spec import PeftConfig, Setup
@@ -298,6 +299,11 @@ def _not_known_notes(setup: Setup) -> tuple[str, ...]:
         return ("Only the number of parameters is known; activations, loss and temporaries count as 0.",)
     if isinstance(setup.method, PeftConfig) and peft_form(setup.model, setup.method) is None:
         return ("What this peft method trains has no formula; run simulate for the whole peak.",)
+    if fuses_experts(setup.training.kernels, setup.model):
+        return (
+            "Liger's experts have no formula: their kernels are tried in several forms in the first step, "
+            "with 256 MiB beside them; run simulate for the whole peak.",
+        )
     if not has_formulas(setup):
         return (f"Activations of {setup.model.id} have no formula yet; run simulate for the whole peak.",)
     return ()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
 from planner.batching import has_masks, row_shape, takes_lengths, unpads
+from planner.catalog.gpus import multiprocessors
 from planner.estimate.attention_plan import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
 from planner.estimate.forms import LayerForm, model_form
 from planner.estimate.fused_loss import fused_loss_memory
+from planner.estimate.liger_operations import LigerOperations
 from planner.estimate.loss import chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.masks import shares_mask
 from planner.estimate.operations import Operations
@@ -20,6 +23,7 @@ from planner.estimate.seq2seq import seq2seq_stack
 from planner.estimate.stretches import Stack, Stretch, stretch_of
 from planner.estimate.tape import Tensor
 from planner.estimate.traits import TRAITS
+from planner.liger import fuses_experts, replaced
 from planner.losses import LOSS_CHUNK_TOKENS
 from planner.model import Architecture
 from planner.spec import LoRA, PeftConfig, PeftOfSize, Setup, Training
@@ -36,6 +40,7 @@ def has_formulas(setup: Setup) -> bool:
         and shape.family in TRAITS
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
+        and not fuses_experts(setup.training.kernels, setup.model)
         and not (shape.encoder_layers and (_changes_tables(setup) or _pads_biases(setup.training)))
     )
 
@@ -149,7 +154,10 @@ def _operations(setup: Setup, shape: Architecture) -> Operations:
     training = setup.training
     rows, length = row_shape(training)
     prefix = _virtual_tokens(setup, "prefix_tuning")
-    return Operations(
+    what = replaced(training.kernels, setup.model)
+    card = multiprocessors(setup.gpu)
+    kind = partial(LigerOperations, what=what, multiprocessors=card) if what else Operations
+    return kind(
         rows * length,
         length,
         recipe_of(setup),

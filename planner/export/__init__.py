@@ -30,7 +30,7 @@ REQUIREMENTS = (
 BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
 """What bitsandbytes' optimizers need beside them: that of `qlora` in pyproject.toml."""
 LIGER = "liger-kernel>=0.8.5,<0.9"
-"""What loss liger needs beside them: that of `liger` in pyproject.toml."""
+"""What loss or kernels liger needs beside them: that of `liger` in pyproject.toml."""
 DEEPSPEED = "deepspeed>=0.19,<0.20"
 """What zero1 to zero3 need beside them: the version whose sources the formulas are from; no test runs it."""
 
@@ -49,7 +49,7 @@ def exported(setup: Setup) -> dict[str, str]:
     values = settings(setup)
     needed = setup.training.optimizer in FROM_BITSANDBYTES
     own: tuple[str, ...] = (BITSANDBYTES,) if needed or _quantizes(setup) else ()
-    own += (LIGER,) if setup.training.loss == "liger" else ()
+    own += (LIGER,) if "liger" in (setup.training.loss, setup.training.kernels) else ()
     own += (DEEPSPEED,) if setup.sharding.zero_stage else ()
     return {
         **(launch_files(setup) if setup.sharding.is_distributed else {}),

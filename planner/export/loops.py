@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from planner.losses import LIGER_KERNELS, LOSS_CHUNK_TOKENS
+from planner.liger import liger_switches
+from planner.losses import LOSS_CHUNK_TOKENS
 from planner.spec import Training
 
-__all__ = ["LOSSES", "loss_line", "one_step"]
+__all__ = ["functions", "kernels_line", "loss_line", "one_step"]
 
 _PLAIN = '''\
 def one_step(accelerator, model, optimizer, trained, data, settings):
@@ -89,32 +90,42 @@ def summed_loss(head, hidden, targets):
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 '''
 
-# As transformers' integrations/liger.py; TrainingArguments take the same dict as liger_kernel_config.
-_LIGER = f'''
+# As transformers' integrations/liger.py, which HF Trainer calls once a method is attached.
+_LIGER = '''
 
+# liger_kernel_config of TrainingArguments(use_liger_kernel=True){whole}
 LIGER_KERNELS = {{
-{"".join(f'    "{name}": {on},{chr(10)}' for name, on in LIGER_KERNELS.items())}}}
+{switches}}}
 
 
-def fused(model, device):
-    """Liger's fused loss alone: both gradients of the output layer are made in the forward pass."""
+def with_liger(model, device):
+    """Liger's kernels in place of {what}."""
     if device.type != "cuda":
-        print("Liger's kernels need a CUDA device; the model's own loss runs instead.")
+        print("Liger's kernels need a CUDA device; the model's own code runs instead.")
         return model
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from transformers.trainer_utils import unwrap_peft_model
 
-    _apply_liger_kernel_to_instance(model=model, **LIGER_KERNELS)
+    _apply_liger_kernel_to_instance(model=unwrap_peft_model(model), **LIGER_KERNELS)
     return model
 '''
 
-LOSSES: dict[str, str] = {"full": "", "chunked": _CHUNKED, "liger": _LIGER}
-"""The functions that a loss needs."""
+_LOSS = "the loss: the output layer's gradients are made in the forward pass"
+_KERNELS = "norms, activations and rotary positions"
 
-_LINES = {
-    "full": "",
-    "chunked": "    model = chunked(model)\n",
-    "liger": "    model = fused(model, accelerator.device)\n",
-}
+
+def functions(training: Training) -> str:
+    """The functions that the loss and the kernels need."""
+    own = _CHUNKED if training.loss == "chunked" else ""
+    fused, kernels = training.loss == "liger", training.kernels == "liger"
+    if not (fused or kernels):
+        return own
+    switches = liger_switches(training.kernels, training.loss).items()
+    return own + _LIGER.format(
+        whole=", which needs none here" if fused and kernels else "",
+        switches="".join(f'    "{name}": {on},\n' for name, on in switches),
+        what=f"{_KERNELS}, and of the loss" if fused and kernels else _KERNELS if kernels else _LOSS,
+    )
 
 
 def one_step(training: Training) -> str:
@@ -125,5 +136,11 @@ def one_step(training: Training) -> str:
 
 
 def loss_line(training: Training) -> str:
-    """The line of main() that changes the loss; empty for the model's own."""
-    return _LINES[training.loss]
+    """The line of main() that changes the loss before a method is attached; empty for the model's own."""
+    return "    model = chunked(model)\n" if training.loss == "chunked" else ""
+
+
+def kernels_line(training: Training) -> str:
+    """The line of main() that brings in Liger's kernels once a method is attached; empty for torch's."""
+    asked = "liger" in (training.loss, training.kernels)
+    return "    model = with_liger(model, accelerator.device)\n" if asked else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from planner.batching import takes_lengths
 from planner.export.batches import batches, sent, varlen, varlen_line
-from planner.export.loops import LOSSES, loss_line, one_step
+from planner.export.loops import functions, kernels_line, loss_line, one_step
 from planner.export.methods import PIECES, piece_name
 from planner.export.shared import SHARED_STEP, shared_lines, shared_save
 from planner.model import Task
@@ -68,7 +68,7 @@ def main():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})
     vocabulary = model.get_input_embeddings().weight.shape[0]
     model = attached(model, settings)
-    model.train()
+{kernels}    model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     planned = settings["planned"]
     {say}(f"trained parameters: {{sum(p.numel() for p in trained):,}}", end="")
@@ -259,6 +259,7 @@ def script(setup: Setup) -> str:
         checkpoint="from torch.utils.checkpoint import checkpoint\n" if chunked else "",
         outputs="from transformers.modeling_outputs import CausalLMOutput\n" if chunked else "",
         changed_loss=loss_line(setup.training),
+        kernels=kernels_line(setup.training),
         send="from accelerate.utils import send_to_device\n" if lengths else "",
         varlen=varlen_line(setup.training),
         **({**lines, "to_device": ""} if quantized else lines),
@@ -268,7 +269,7 @@ def script(setup: Setup) -> str:
     step = step.replace("{one_step}", sent(own, setup.training))
     step = step.replace("{batches}", batches(setup.training))
     save = shared_save(piece) if shared else piece.save
-    loss = LOSSES[setup.training.loss]
+    loss = functions(setup.training)
     dtype = _WEIGHT_DTYPE if quantized else ""
     packed = setup.training.batching == "packed"
     example = "" if packed else _EXAMPLES[task]

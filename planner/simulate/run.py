@@ -11,7 +11,7 @@ import torch
 
 from planner.batching import asks_masks, check_gpu
 from planner.catalog.gpus import Gpu, gpu as gpu_named
-from planner.losses import LIGER_VERSION
+from planner.liger import LIGER_VERSION
 from planner.optimizers import FROM_BITSANDBYTES
 from planner.report import MemoryReport, Parameters
 from planner.simulate.allocator import AllocatorConfig
@@ -116,6 +116,6 @@ def provenance(setup: Setup) -> dict[str, Any]:
         import bitsandbytes
 
         versions["bitsandbytes"] = bitsandbytes.__version__
-    if setup.training.loss == "liger":
+    if "liger" in (setup.training.loss, setup.training.kernels):
         versions["liger_kernel"] = LIGER_VERSION  # whose source the forms follow; it need not be installed
     return versions

@@ -54,6 +54,7 @@ class Simulation:
     ) -> None:
         """An empty device. `has_masks`: samples are padded, or packed so that attention needs a mask."""
         capability = gpu.capability if gpu else None
+        self.gpu = gpu
         self.allocator = CachingAllocator(allocator or AllocatorConfig(), device_bytes=limit_bytes)
         self.ledger = Ledger(self.allocator)
         self.modules = Modules()
@@ -85,7 +86,7 @@ class Simulation:
                 stack.enter_context(quantized_forms())
                 stack.enter_context(paged_forms(self.ledger.count_paged))
                 stack.enter_context(peft_forms(self.tracer))
-                stack.enter_context(liger_forms(self.modules, self.rules.capability))
+                stack.enter_context(liger_forms(self.modules, self.gpu))
                 if self.has_masks:
                     stack.enter_context(mask_forms(self.tracer))
                 stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", self.ledger.empty_cache))

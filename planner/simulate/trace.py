@@ -52,6 +52,7 @@ class Modules:
         """No module is running."""
         self.stack: list[str] = []
         self.in_head = False
+        self.made_again = False  # an autograd function's forward pass runs, within a recomputation
         self.head_sequence: int | None = None
         self.forward_end: int | None = None
         self._names: dict[int, str] = {}
@@ -270,7 +271,7 @@ class Tracer(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             if node is None:
                 return "logits_and_loss", False
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or self.modules.made_again:
                 return ("logits_and_loss" if self.modules.in_head else "activations"), True  # made again
             return ("logits_and_loss" if self.modules.in_loss(_sequence(node)) else "temporaries"), True
         if phase == "optimizer_step":

@@ -19,16 +19,19 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from planner.errors import SetupError
-from planner.losses import LIGER_KERNELS, adapted_head, liger_chunk_tokens
+from planner.liger import liger_switches
+from planner.losses import adapted_head, liger_chunk_tokens
+from planner.spec import Training
 
 __all__ = ["fused_loss", "refuse_adapted_head", "require_liger", "with_fused_loss"]
 
 
-def require_liger(device: torch.device) -> None:
-    """Refuse a CUDA device where the library is not installed; others do without. Raises SetupError."""
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is None:
+def require_liger(training: Training, device: torch.device) -> None:
+    """Refuse a CUDA device where the library is asked for and not installed. Raises SetupError."""
+    asked = [name for name in ("loss", "kernels") if getattr(training, name) == "liger"]
+    if asked and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is None:
         raise SetupError(
-            "loss liger needs liger-kernel on a CUDA device, which is not installed; "
+            f"{asked[0]} liger needs liger-kernel on a CUDA device, which is not installed; "
             "install it with: pip install -r requirements-liger.txt"
         )
 
@@ -42,12 +45,12 @@ def refuse_adapted_head(net: Any, model: str) -> None:
 def with_fused_loss(net: nn.Module, device: torch.device) -> nn.Module:
     """The causal language model with a forward pass that gives the fused loss alone, changed in place.
 
-    On CUDA as HF Trainer's use_liger_kernel does it, with liger_kernel's other kernels off.
+    On CUDA as HF Trainer's use_liger_kernel does it; the other kernels are planner.training.liger_kernels'.
     """
     if device.type == "cuda":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(model=net, **LIGER_KERNELS)
+        _apply_liger_kernel_to_instance(model=net, **liger_switches("torch", "liger"))
         return net
     net.forward = MethodType(_forward, net)
     return net

@@ -17,6 +17,7 @@ from planner.training.attention import attention_kernels, implementation
 from planner.training.batches import samples, tokens_asked_for
 from planner.training.build import loaded, skeleton
 from planner.training.liger import refuse_adapted_head, require_liger, with_fused_loss
+from planner.training.liger_kernels import with_kernels
 from planner.training.losses import chunked
 from planner.training.optimizers import optimizer_for, require_library
 from planner.training.peft_config import method_batch, refuse_unknown
@@ -54,8 +55,7 @@ class TrainingRun:
                 "measure such a setup alone, or leave --sharding and --num-gpus out."
             )
         require_library(setup.training.optimizer)
-        if setup.training.loss == "liger":
-            require_liger(device)
+        require_liger(setup.training, device)
         refuse_unknown(setup.method, setup.model)
         self.setup = setup
         self.device = device
@@ -78,6 +78,7 @@ class TrainingRun:
         elif setup.training.loss == "liger":
             self.net = with_fused_loss(self.net, device)
         self.arrived: Callable[[], None] = lambda: None  # called when a weight to quantize is on the device
+        self.positions: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around each step
         self.optimizer: torch.optim.Optimizer
         self.trained: list[nn.Parameter]
         self.scaler: torch.amp.GradScaler | None = None
@@ -102,6 +103,8 @@ class TrainingRun:
             )
             if training.loss == "liger":
                 refuse_adapted_head(self.net, setup.model.id)
+            if training.kernels == "liger":
+                self.positions = with_kernels(self.net, setup.model, self.device)
             self.net.train()
             move_trained(self.net, self.device)
             self.trained = [p for p in self.net.parameters() if p.requires_grad]
@@ -128,7 +131,7 @@ class TrainingRun:
         """One optimizer step, all its micro batches included; phases carry the step's number."""
         training = self.setup.training
         batches, items = self._batches()
-        with attention_kernels(training.attention):
+        with attention_kernels(training.attention), self.positions():
             for micro in range(training.gradient_accumulation_steps):
                 with self._reduction(last=micro == training.gradient_accumulation_steps - 1):
                     self._micro_batch(number, next(batches), items)

@@ -111,8 +111,8 @@ def test_lora_is_advised_with_what_costs_only_time():
     both = next(change for change in found if "at once" in change.words)
     alone = next(change for change in found if change.keys.get("method") == "lora" and change is not both)
     assert both.keys["method"] == "lora"
-    assert both.keys["micro_batch_size"] == 4  # with Liger's loss a smaller one saves nothing more
-    assert both.keys["loss"] == "liger"
+    assert "micro_batch_size" not in both.keys  # with Liger's a smaller one saves nothing more
+    assert both.keys["loss"] == both.keys["kernels"] == "liger"
     assert both.saving_bytes > alone.saving_bytes
 
 
@@ -126,6 +126,7 @@ def test_what_is_already_done_is_not_advised():
             seq_len=64,
             precision="bf16-mixed",
             loss="liger",
+            kernels="liger",
         ),
     )
     assert changes(frugal) == ()
@@ -218,6 +219,20 @@ def test_ligers_loss_is_advised_where_the_library_has_it() -> None:
     assert advised("google/gemma-2-2b")  # it knows the soft cap
     assert advised("gpt2") == []
     assert advised(LLAMA, loss="liger") == []
+
+
+def test_ligers_kernels_are_advised_where_their_memory_is_known() -> None:
+    def advised(model: str, **training: Any) -> list[Any]:
+        planned = Setup(model=model, training=Training(micro_batch_size=4, seq_len=1024, **training))
+        return [change for change in changes(planned) if change.keys == {"kernels": "liger"}]
+
+    (kernels,) = advised("Qwen/Qwen3-0.6B", loss="liger")
+    assert kernels.price == "nothing"
+    assert "liger-kernel" in kernels.cost
+    assert kernels.saving_bytes > 2**30
+    assert advised("gpt2") == []
+    assert advised("mistralai/Mixtral-8x7B-v0.1", loss="liger") == []
+    assert advised(LLAMA, kernels="liger") == []
 
 
 def test_weights_in_four_bits_are_advised_to_lora_with_the_same_adapters() -> None:

@@ -8,7 +8,7 @@ from importlib import resources
 import pytest
 from hypothesis import given, strategies as st
 
-from planner.catalog.gpus import Gpu, gpu, gpus
+from planner.catalog.gpus import Gpu, gpu, gpus, multiprocessors, multiprocessors_of
 from planner.errors import SetupError
 from planner.units import GIB, MIB
 
@@ -55,6 +55,18 @@ def test_reported_sizes_are_what_the_cited_reports_say() -> None:
     for driver_name, total_bytes in reported.items():
         found = gpu(driver_name)
         assert (found.total_bytes, found.memory_kind) == (total_bytes, "torch")
+
+
+def test_multiprocessors_are_those_that_cards_report() -> None:
+    # torch.cuda.get_device_properties and deviceQuery outputs: see gpus.json, multiprocessors_source
+    reported = {"a10": 72, "a10g": 80, "a40": 84, "a100-40gb": 108, "b200": 148, "h100": 132, "h20": 78}
+    reported |= {"gh200": 132, "l40s": 142, "rtx-4090-laptop": 76, "rtx-5090": 170}
+    for name, count in reported.items():
+        assert multiprocessors(gpu(name)) == count
+    assert all(item.multiprocessors for item in gpus())
+    assert multiprocessors(None) == multiprocessors(gpu("24GiB")) == 108  # an A100's where none are known
+    assert multiprocessors_of("NVIDIA H200") == 132
+    assert multiprocessors_of("Another card") is None
 
 
 def test_a_report_is_below_the_product_size_and_not_far_below() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.spec import BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA
+from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, Method, PeftConfig, QLoRA
 
 __all__ = ["STEP_CASES"]
 
@@ -15,6 +15,8 @@ ALL_LINEAR = LoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05
 HEAD = LoRA(lora_rank=8, target_modules=("q_proj", "lm_head"))
 BITFIT = BitFit()
 NF4 = QLoRA(lora_rank=8, target_modules=("all-linear",), lora_dropout=0.05)
+HOULSBY = Adapter(adapter_kind="houlsby")
+IA3 = PeftConfig(peft_config_json='{"peft_type": "IA3"}')
 SAVED_HEAD = PeftConfig(
     peft_config_json='{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}'
 )
@@ -30,6 +32,7 @@ PHI = "microsoft/phi-1_5"
 PHI3 = "microsoft/Phi-3-mini-4k-instruct"
 OLMO2 = "allenai/OLMo-2-0425-1B"
 MISTRAL = "mistralai/Mistral-7B-v0.1"
+GRANITE = "ibm-granite/granite-3.1-2b-instruct"
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 GEMMA2 = "google/gemma-2-2b"
 GEMMA3 = "google/gemma-3-1b-pt"
@@ -39,6 +42,7 @@ BERT = "google-bert/bert-large-uncased"
 Case = tuple[str, Method, dict[str, Any]]
 TRAINER = {"micro_batch_size": 4, "seq_len": 512, "loop": "trainer"}
 LIGER = {"micro_batch_size": 8, "seq_len": 512, "loss": "liger"}
+KERNELS = {"micro_batch_size": 4, "seq_len": 512, "kernels": "liger"}
 CHUNKED = {"micro_batch_size": 8, "seq_len": 512, "loss": "chunked"}
 
 STEP_CASES: list[Case] = [
@@ -125,4 +129,38 @@ STEP_CASES: list[Case] = [
     ],
     (LLAMA, FULL, {**LIGER, "micro_batch_size": 1, "seq_len": 20, "loop": "trainer"}),  # one token a chunk
     (GEMMA, LORA, {**LIGER, "micro_batch_size": 3, "seq_len": 900}),  # the last chunk is short
+    # Liger's norms, activations and rotary positions; with its loss what use_liger_kernel switches on
+    *[
+        (model, method, {**LIGER, "kernels": "liger"})
+        for model in (LLAMA, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, SMOLLM3)
+        for method in (FULL, ALL_LINEAR)
+    ],
+    *[(GRANITE, method, KERNELS) for method in (FULL, LORA)],
+    *[(LLAMA, method, KERNELS) for method in (FULL, HOULSBY, IA3, NF4)],
+    (QWEN2, BITFIT, KERNELS),
+    *[
+        (model, method, {**KERNELS, **more})
+        for model in (QWEN3, GEMMA3, PHI3, OLMO2)
+        for method, more in (
+            (FULL, {"precision": "bf16-mixed"}),
+            (LORA, {"precision": "bf16-mixed"}),
+            (FULL, {"attention": "eager"}),
+            (LORA, {"attention": "efficient"}),
+            (FULL, {"activation_checkpointing": True, "loss": "liger", "optimizer": "sgd"}),
+            (LORA, {"activation_checkpointing": True, "loss": "liger"}),
+        )
+    ],
+    *[
+        (LLAMA, method, {**KERNELS, **more})
+        for method, more in (
+            (FULL, {"precision": "fp32", "optimizer": "sgd"}),
+            (LORA, {"precision": "fp32"}),
+            (FULL, {"precision": "fp16", "gpu": "t4"}),
+            (FULL, {"gpu": "h200"}),
+            (FULL, {"batching": "padded"}),
+            (LORA, {"batching": "packed", "attention": "flash"}),
+            (NF4, {"precision": "bf16-mixed"}),
+            (LORA, {"loop": "trainer", "gradient_accumulation_steps": 2, "loss": "liger"}),
+        )
+    ],
 ]

@@ -123,11 +123,13 @@ def test_a_trace_aligns_with_the_simulated_events(tmp_path: Path) -> None:
         *[{"loss": loss, "loop": loop} for loss in ("chunked", "liger") for loop in ("plain", "trainer")],
         {"loss": "liger", "precision": "bf16-mixed"},
         *[{"batching": kind, "attention": a} for kind in ("padded", "packed") for a in ("sdpa", "flash")],
+        {"kernels": "liger"},
+        *[{"kernels": "liger", "loss": "liger", "precision": kind} for kind in ("bf16", "bf16-mixed")],
     ],
     ids=str,
 )
-def test_another_loop_loss_and_batch_are_simulated_as_they_run(step: dict[str, str]) -> None:
-    if step.get("loss") == "liger":
+def test_another_step_is_simulated_as_it_runs(step: dict[str, str]) -> None:
+    if "liger" in step.values():
         pytest.importorskip("liger_kernel", reason="liger_kernel is not installed: requirements-liger.txt")
     found = record_of(SETUP.replace(micro_batch_size=4, seq_len=512, **step))
     simulated = found.simulation.report

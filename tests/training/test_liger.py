@@ -151,6 +151,12 @@ def test_lora_on_the_output_layer_would_not_be_trained_and_is_refused(kind: Any)
 
 def test_so_is_an_adapter_config_that_puts_something_there() -> None:
     method = PeftConfig(peft_config_json='{"peft_type": "LORA", "target_modules": ["q_proj", "lm_head"]}')
+    with pytest.raises(SetupError, match="would never be trained"):
+        setup_of(LLAMA, method, loss="liger")
+
+
+def test_where_only_peft_can_tell_it_is_refused_when_peft_has_done_it() -> None:
+    method = PeftConfig(peft_config_json='{"peft_type": "LORA", "target_modules": ".*(q_proj|lm_head)"}')
     setup = setup_of(LLAMA, method, loss="liger")
     with pytest.raises(SetupError, match="would never be trained"):
         estimate(setup)
@@ -174,15 +180,19 @@ def test_a_trained_copy_of_the_output_layer_is_trained() -> None:
 
 
 def test_every_switch_of_the_library_is_named() -> None:
-    """liger_kernel_config as HF Trainer takes it: the fused loss on, every other kernel off."""
+    """liger_kernel_config as HF Trainer takes it, for the fused loss alone: every other kernel off."""
     pytest.importorskip("liger_kernel", reason="liger_kernel is not installed: requirements-liger.txt")
     import inspect
 
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    from planner.losses import _LIGER_TYPES, LIGER_KERNELS
+    from planner.liger import liger_switches
+    from planner.losses import _LIGER_TYPES
+
+    alone = liger_switches("torch", "liger")
+    assert [name for name, on in alone.items() if on] == ["fused_linear_cross_entropy"]
 
     for name in _LIGER_TYPES:
         switches = set(inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[name]).parameters) - {"model", "kwargs"}
-        assert switches <= set(LIGER_KERNELS), name
+        assert switches <= set(alone), name
         assert "fused_linear_cross_entropy" in switches
