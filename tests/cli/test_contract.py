@@ -162,6 +162,7 @@ def test_every_field_survives_the_command_line(answer):
         "optimizer": "adamw-fused", "attention": "eager", "clip_grad_norm": 1.5, "lora_rank": 4,
         "lora_alpha": 12.0, "lora_dropout": 0.1, "lora_bias": "none", "target_modules": "all-linear",
         "zero_grad": "zero", "loop": "trainer", "loss": "chunked", "batching": "padded",
+        "kernels": "liger",
     }  # fmt: skip
     assert set(typed) | {"activation_checkpointing"} == {
         item.name for cls in (Training, METHODS["lora"]) for item in dataclasses.fields(cls)
