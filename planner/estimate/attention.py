@@ -36,7 +36,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         ops.hold(*plain)
     wide = q.element > ops.recipe.compute  # rotated under autocast: the scores follow q's type
     variables = x, q, k, v
-    if ops.recipe.autocast:
+    # autocast casts what the kernel is given: keys and values after they were repeated
+    casts_late = plan.repeated and not ops.prefix
+    if ops.recipe.autocast and not casts_late:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     if ops.prefix:
         k, v = (_behind_prefix(ops, t, shape) for t in (k, v))
@@ -47,6 +49,9 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         # one key head spread over all heads is a view: repeat_kv's reshape finds nothing to copy
         spread = ops.view if plan.k == 1 else partial(_copied, ops)
         k, v = (spread(t, t.numel * groups) for t in (k, v))
+    repeated = k, v
+    if ops.recipe.autocast and casts_late:
+        q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     turned = ops.traits.rotary_cats and form.rotary
     places = None
     if plan.unpadded:
@@ -61,6 +66,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         out = _eager(ops, q, k, v, plan, shape, setup.training, wide=wide)
     else:
         out = KERNELS[plan.kernel](ops, q, k, v, plan)
+    ops.hold(*repeated)
     if places is not None:
         out = padded(ops, out, places, plan)
     elif turned and plan.kernel in ("flash", "varlen", "cudnn"):

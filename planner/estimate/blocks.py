@@ -32,6 +32,8 @@ def embedded(
             count -= prompts * (ops.tokens // ops.seq_len)
         tied = form.head_table_trained and not table.position and x is None
         rows = looked_up(ops, table, count, tied=tied)
+        if tokens is None and shape.embedding_scale and ops.traits.embedding_scales:
+            rows = ops.scaled(rows)
         if tokens is None:
             tokens = rows
             rows.needs_grad = rows.needs_grad or inputs_need_grad
@@ -42,7 +44,7 @@ def embedded(
         x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
     assert x is not None  # every model has a token embedding
     assert tokens is not None
-    if shape.embedding_scale:
+    if shape.embedding_scale and not ops.traits.embedding_scales:
         x = ops.scaled(x)
     if ops.traits.normed_embeddings:
         x = ops.norm(x, form.outer_norms[0], shape.norm)

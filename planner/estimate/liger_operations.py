@@ -65,6 +65,7 @@ class LigerOperations(Operations):
             aliases=in_place,
             weight_bytes=gradient,
             scratch_bytes=sums,
+            keeps_late=True,
         )
 
     def gated(
@@ -84,7 +85,8 @@ class LigerOperations(Operations):
 
     def _over_both(self, gate: Tensor, up: Tensor) -> Tensor:
         overwritten = sum([side.size_bytes for side in (gate, up) if side.needs_grad])
-        return self.op((gate, up), gate.numel, gate.element, (gate, up), freed_bytes=overwritten)
+        kept = gate, up
+        return self.op(kept, gate.numel, gate.element, kept, freed_bytes=overwritten, keeps_late=True)
 
     def turned(self, q: Tensor, k: Tensor, share: float, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Queries and keys turned in place, in their own type; slices of one tensor (phi3) are copied.

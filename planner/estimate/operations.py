@@ -62,9 +62,16 @@ class Operations(Tape):
         return self.op((x,), x.numel, x.element)
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
-        """x * y, element by element: each is kept for the other's gradient."""
+        """x * y, element by element: each is kept for the other's gradient.
+
+        Both gradients are there in the wider type before one is cast (torch/csrc/autograd/engine.cpp,
+        validate_outputs).
+        """
         kept = tuple([t for t, other in ((x, y), (y, x)) if other.needs_grad])
-        return self.op((x, y), x.numel, max(x.element, y.element), kept)
+        wide = max(x.element, y.element)
+        narrow = [t for t in (x, y) if t.needs_grad and t.element < wide]
+        wider = sum([block_bytes(t.numel * wide) - t.size_bytes for t in narrow])
+        return self.op((x, y), x.numel, wide, kept, scratch_bytes=wider)
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """native_dropout: one byte of mask for each element, none where nothing is dropped."""
@@ -91,6 +98,7 @@ class Operations(Tape):
             out = scaled_by_vector(self, out, out.element)
         if form.bottleneck:
             out = self.bottleneck(out, form.outputs, form.bottleneck)
+            self.hold(x)  # a forward hook runs while the module's argument is there
         return out
 
     def _product_with_weight(self, x: Tensor, form: LinearForm) -> Tensor:
@@ -236,7 +244,9 @@ class Operations(Tape):
         """
         if self.traits.gelu_by_hand:  # models/bloom/modeling_bloom.py, bloom_gelu_forward and bloom_gelu_back
             size = x.size_bytes
-            return self.op((x,), x.numel, x.element, (x,), scratch_bytes=4 * size, work_bytes=2 * size)
+            return self.op(
+                (x,), x.numel, x.element, (x,), scratch_bytes=4 * size, work_bytes=2 * size, keeps_late=True
+            )
         if name == "relu":
             return self.op((x,), x.numel, x.element, keeps_output=True)
         if name == "gelu_fast":

@@ -36,6 +36,7 @@ class Node:
         "aliases",
         "freed_bytes",
         "inputs",
+        "keeps_late",
         "kept",
         "outputs",
         "pinned",
@@ -57,6 +58,7 @@ class Node:
         reads_weight: bool = False,
         pinned: tuple[Tensor, ...] = (),
         freed_bytes: int = 0,
+        keeps_late: bool = False,
     ) -> None:
         """`aliases`: the inputs' gradients are the output's own; all others as in `Tape.op`."""
         self.inputs = inputs
@@ -69,6 +71,7 @@ class Node:
         self.reads_weight = reads_weight
         self.pinned = pinned
         self.freed_bytes = freed_bytes
+        self.keeps_late = keeps_late
 
 
 class Moment:
@@ -121,6 +124,7 @@ class Tape:
         reads_weight: bool = False,
         pinned: tuple[Tensor, ...] = (),
         freed_bytes: int = 0,
+        keeps_late: bool = False,
     ) -> Tensor:
         """A new tensor of `numel` elements.
 
@@ -130,7 +134,8 @@ class Tape:
         weight is trained here though its gradient is counted elsewhere. `reads_weight`: the backward pass
         needs a weight, which a checkpoint hands out only after its recomputation. `pinned`: tensors that the
         node itself refers to, past its backward pass and in spite of a checkpoint. `freed_bytes`: of what is
-        kept, gone before the scratch is there.
+        kept, gone before the scratch is there. `keeps_late`: a torch.autograd.Function, which hands over what
+        it keeps when its output is there; torch's own operations do before.
         """
         needs = trained or weight_bytes > 0
         for tensor in inputs:
@@ -150,6 +155,7 @@ class Tape:
                 reads_weight and needs,
                 pinned if needs else (),
                 freed_bytes,
+                keeps_late,
             )
         )
         return out
@@ -213,7 +219,8 @@ class Tape:
         live = peak = 0
         for index, node in enumerate(nodes):
             stops = recomputed and index == last_kept
-            before = stops and all(tensor in node.inputs for tensor in node.kept)  # not made by the node
+            made = node.keeps_late or any(tensor not in node.inputs for tensor in node.kept)
+            before = stops and not made
             for out in node.outputs:
                 if out.owner is out and not before:
                     live += out.size_bytes

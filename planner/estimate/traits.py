@@ -32,6 +32,7 @@ class Traits:
     softmax_type_stays: bool = False  # nor is its output converted, which under autocast is fp32
     scaled_residual: bool = False  # what is added to the residual stream is multiplied first
     dropout_after_attention: bool = True
+    embedding_scales: bool = True  # where embeddings are scaled, their own module does it, not the model
     normed_embeddings: bool = False
     scaled_logits: bool = False
     masked_head: bool = False  # a dense layer, gelu and a norm before the decoder
@@ -82,7 +83,7 @@ TRAITS: dict[str, Traits] = {
         clamped_gate=True,
         shares_of_chosen=True,
     ),
-    "granite": Traits(scaled_residual=True, scaled_logits=True),
+    "granite": Traits(scaled_residual=True, scaled_logits=True, embedding_scales=False),
     "llama": Traits(),
     "mistral": Traits(returns_cache=False),
     "mixtral": Traits(),

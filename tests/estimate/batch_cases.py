@@ -17,6 +17,7 @@ LLAMA = "meta-llama/Llama-3.2-1B"
 QWEN2 = "Qwen/Qwen2.5-0.5B"
 QWEN3 = "Qwen/Qwen3-0.6B"
 MISTRAL = "mistralai/Mistral-7B-v0.1"
+GEMMA = "google/gemma-2b"
 GEMMA2 = "google/gemma-2-2b"
 GEMMA3 = "google/gemma-3-1b-pt"
 PHI3 = "microsoft/Phi-3-mini-4k-instruct"
@@ -74,6 +75,9 @@ BATCH_CASES: list[Case] = [
     (MISTRAL, NF4, {**PACKED, "precision": "bf16-mixed", **SEVERAL}),
     *[(LLAMA, LORA, {**PACKED, "gpu": gpu}) for gpu in ("h200", "rtx 4090")],
     (NEOX, LORA, {**PACKED, "gpu": "t4", "precision": "fp16"}),
+    # one key head for all: a view of it is repeated, which autocast copies for each
+    *[(GEMMA, method, {**PACKED, "precision": "bf16-mixed", "loss": "liger"}) for method in (LORA, NF4)],
+    (GEMMA, LORA, {**PADDED, "precision": "bf16-mixed", "attention": "eager", **CHECKPOINTED}),
     # packed under FlashAttention-2, which is told where samples begin and takes no mask
     *[
         (model, method, {**PACKED, "attention": "flash"})

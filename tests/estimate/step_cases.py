@@ -80,6 +80,21 @@ STEP_CASES: list[Case] = [
     ],
     (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 700, "loss": "chunked"}),  # one chunk
     (GEMMA, LORA, {"micro_batch_size": 3, "seq_len": 900, "loss": "chunked"}),  # the last chunk is short
+    # embeddings scaled by their own module (Gemma) or by the model (Granite); a checkpoint wants their gradient
+    *[
+        (model, LORA, {**CHUNKED, "activation_checkpointing": True, "precision": precision})
+        for model in (GEMMA, GEMMA3)
+        for precision in ("bf16", "bf16-mixed")
+    ],
+    (GRANITE, LORA, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True}),
+    # gradients of a product of two types, in the wider one; what a module is given, while its hook runs
+    (PHI, LORA, {**CHUNKED, "precision": "fp16-mixed", "activation_checkpointing": True}),
+    *[(model, Adapter(), {**LIGER, "activation_checkpointing": True}) for model in (MISTRAL, PHI3)],
+    # an autograd function of Liger's is run to its end before a checkpoint's recomputation stops
+    *[
+        (model, QLoRA(), {**LIGER, **KERNELS, "precision": "bf16-mixed", "activation_checkpointing": True})
+        for model in (LLAMA, MISTRAL, PHI3)
+    ],
     # Liger's loss: both gradients of the head made in the forward pass, logits of some tokens in one tensor
     *[
         (model, method, LIGER)
