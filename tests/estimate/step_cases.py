@@ -80,7 +80,7 @@ STEP_CASES: list[Case] = [
     ],
     (LLAMA, FULL, {"micro_batch_size": 1, "seq_len": 700, "loss": "chunked"}),  # one chunk
     (GEMMA, LORA, {"micro_batch_size": 3, "seq_len": 900, "loss": "chunked"}),  # the last chunk is short
-    # embeddings scaled by their own module (Gemma) or by the model (Granite); a checkpoint wants their gradient
+    # embeddings scaled by their own module (Gemma) or by the model (Granite), under checkpoints
     *[
         (model, LORA, {**CHUNKED, "activation_checkpointing": True, "precision": precision})
         for model in (GEMMA, GEMMA3)
