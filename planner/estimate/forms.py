@@ -129,13 +129,14 @@ def _model_form(setup: Setup) -> ModelForm:
     outer = [t for t in model.tensors if "*" not in t.name]
     encoder = [t for t in inner if t.name.startswith("encoder.")] if shape.encoder_layers else []
     decoder = [t for t in inner if t not in encoder] if encoder else inner
-    plain = NormForm(width=shape.hidden_size)  # a norm without weights
+    # a norm without weights (OLMo); a layer that ends with its own (OPT-350m) has none behind the last
+    unweighted = () if shape.norm_placement == "post" else (NormForm(width=shape.hidden_size),)
     head = [t for t in outer if t.role == "head" and t.kind == "linear" and t.leaf == "weight"]
     return ModelForm(
         runs=_runs(decoder, shape.num_layers, shape, marks),
         encoder_runs=_runs(encoder, shape.encoder_layers, shape, marks) if encoder else (),
         tables=tuple(_table(t, marks) for t in outer if t.kind == "embedding" and not t.tied_to),
-        outer_norms=_norms([t for t in outer if t.kind == "norm"], None, marks) or (plain,),
+        outer_norms=_norms([t for t in outer if t.kind == "norm"], None, marks) or unweighted,
         outer_linears=tuple(
             _linear(t, None, marks)
             for t in outer
