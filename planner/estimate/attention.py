@@ -44,7 +44,7 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         k, v = (_behind_prefix(ops, t, shape) for t in (k, v))
     if ops.prefix:
         _cached(ops, k, v, plan, setup.training)
-    if plan.repeated:
+    if plan.repeated and not _broadcasts(ops, plan):
         groups = shape.num_attention_heads // shape.num_key_value_heads
         # one key head spread over all heads is a view: repeat_kv's reshape finds nothing to copy
         spread = ops.view if plan.k == 1 else partial(_copied, ops)
@@ -204,19 +204,25 @@ def _math(
 ) -> Tensor:
     """_scaled_dot_product_attention_math: scores and their softmax [b, a, s, s] in fp32.
 
-    16-bit q, k and v are converted first, k and v repeated for all heads (transformers/attention.cpp).
+    16-bit q, k and v are converted first, k and v repeated for all heads (transformers/attention.cpp). A
+    single key head that is not (Falcon) is copied for all heads by each product (LinearAlgebra.cpp, matmul).
     """
     n = plan.b * plan.a * plan.s * plan.keys
     element = q.element
     q, k, v = (ops.cast(t, 4) for t in (q, k, v))
-    if plan.k != plan.a and not plan.repeated:
+    broadcast = _broadcasts(ops, plan)
+    if plan.k != plan.a and not plan.repeated and not broadcast:
         k, v = (ops.op((t,), q.numel, t.element) for t in (k, v))
     query, key = ops.scaled(q), ops.scaled(k)
+    if broadcast:
+        key = ops.op((key,), q.numel, key.element)
     scores = ops.op((query, key), n, 4, (query, key))
     if mask is not None:
         scores = ops.in_place(scores, mask)
     probabilities = ops.op((scores,), n, 4, keeps_output=True, scratch_bytes=block_bytes(n * 4))
     dropped = ops.dropout(probabilities, plan.dropout)
+    if broadcast:
+        v = ops.op((v,), q.numel, v.element)
     out = ops.op((dropped, v), q.numel, 4, (dropped, v))
     ops.hold(q, query, k)
     return ops.cast(out, element)
@@ -241,12 +247,11 @@ def _eager(
     """
     n = plan.b * plan.a * plan.s * plan.keys
     element = q.element
-    if plan.b > 1:  # matmul folds b and a; heads that lie side by side in a token are copied for it
-        cats, copied = ops.traits.rotary_cats, plan.repeated and plan.k > 1
-        q, k, v = (
-            t if contiguous else ops.op((t,), t.numel, t.element, aliases=True)
-            for t, contiguous in ((q, cats), (k, copied or (cats and not plan.repeated)), (v, copied))
-        )
+    # matmul folds b and a, for which it copies heads that lie side by side in a token
+    cats, copied = ops.traits.rotary_cats, plan.repeated and plan.k > 1
+    by_heads = (cats, copied or (cats and not plan.repeated), copied) if plan.b > 1 else (True, True, True)
+    whole = q.numel if _broadcasts(ops, plan) else None
+    q, k = (_by_heads(ops, t, already, whole) for t, already in zip((q, k), by_heads, strict=False))
     scores = ops.op((q, k), n, element, (q, k))
     if ops.traits.scaled_scores:
         scores = ops.scaled(scores)
@@ -271,7 +276,17 @@ def _eager(
     dropped = ops.dropout(weights, shape.attention_dropout)
     ops.handed_out.append(dropped)
     dropped = ops.cast(dropped, element)
+    v = _by_heads(ops, v, by_heads[2], whole)
     return ops.op((dropped, v), q.numel, element, (dropped, v))
+
+
+def _by_heads(ops: Operations, x: Tensor, already: bool, numel: int | None) -> Tensor:
+    return x if already else ops.op((x,), numel or x.numel, x.element, aliases=True)
+
+
+def _broadcasts(ops: Operations, plan: AttentionPlan) -> bool:
+    """Whether each product copies a single key head for all heads: Falcon, which does not repeat it."""
+    return plan.k == 1 < plan.a and ops.traits.fused_qkv == "groups"
 
 
 KERNELS = {"flash": _flash, "varlen": _flash, "cudnn": _cudnn, "efficient": _efficient, "math": _math}

@@ -49,6 +49,7 @@ BATCH_CASES: list[Case] = [
     (BERT, FULL, {**PADDED, "attention": "eager", "precision": "bf16-mixed"}),
     (BERT, BITFIT, {**PADDED, **CHECKPOINTED, "micro_batch_size": 16}),
     *[(model, LORA, PADDED) for model in (OPT, BLOOM, FALCON, GEMMA2, GEMMA3)],
+    *[(FALCON, FULL, {**PADDED, "optimizer": "sgd", "attention": name}) for name in ("sdpa", "eager")],
     (MISTRAL, LORA, {**PADDED, "micro_batch_size": 2, "seq_len": 6144, **CHECKPOINTED}),
     (LLAMA, FULL, {**PADDED, "seq_len": 500, "loop": "trainer", "loss": "chunked"}),  # no multiple of 16
     (LLAMA, FULL, {**PADDED, "precision": "bf16-mixed", **SEVERAL}),
