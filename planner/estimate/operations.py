@@ -270,7 +270,7 @@ class Operations(Tape):
         if fused:
             both = self.linear(x, form.mlp_inputs[0])
             gate, up = self.split(both, (both.numel // 2, both.numel // 2))
-            return self.product(up, self.activation(gate, activation)), ()
+            return self.product(up, self.activation(gate, activation)), (both,)
         active = self.activation(self.linear(x, form.mlp_inputs[0]), activation)
         return self.product(active, self.linear(x, form.mlp_inputs[1])), ()
 

@@ -90,7 +90,7 @@ STEP_CASES: list[Case] = [
     (GRANITE, LORA, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True}),
     # gradients of a product of two types, in the wider one; what a module is given, while its hook runs
     (PHI, LORA, {**CHUNKED, "precision": "fp16-mixed", "activation_checkpointing": True}),
-    (MISTRAL, Adapter(), {**LIGER, "activation_checkpointing": True}),
+    *[(model, Adapter(), {**LIGER, "activation_checkpointing": True}) for model in (MISTRAL, PHI3)],
     # an autograd function of Liger's is run to its end before a checkpoint's recomputation stops
     (LLAMA, QLoRA(), {**LIGER, **KERNELS, "precision": "bf16-mixed", "activation_checkpointing": True}),
     # Liger's loss: both gradients of the head made in the forward pass, logits of some tokens in one tensor
