@@ -30,6 +30,7 @@ class Gpu:
     use), `driver` (nvidia-smi or OpenCL: up to 3 % more), `nominal` (the product's size read as GiB: up
     to 6 % more), `asked` (a size typed by the user, as in "24GiB"; its `capability` is None).
     `multiprocessors`: how many it has, None where no number is cited.
+    `multiprocessors_source`: the address of that number and how it is said there.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Gpu:
     capability: tuple[int, int] | None
     source: str
     multiprocessors: int | None = None
+    multiprocessors_source: str = ""
 
     @property
     def nominal(self) -> bool:

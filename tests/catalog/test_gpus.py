@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 
 import pytest
@@ -39,6 +40,18 @@ def test_an_entry_is_complete(item: Gpu) -> None:
             assert item.capability == capability
 
 
+@pytest.mark.parametrize("item", gpus(), ids=lambda item: item.name)
+def test_multiprocessors_are_cited_or_not_given(item: Gpu) -> None:
+    if item.multiprocessors is None:
+        assert item.multiprocessors_source == ""
+        assert multiprocessors(item) == 108
+    else:
+        address, _, said = item.multiprocessors_source.partition(" (")
+        assert address.startswith("https://")
+        assert str(item.multiprocessors) in re.findall(r"\d+", said)
+        assert 0 < item.multiprocessors < 200
+
+
 def test_reported_sizes_are_what_the_cited_reports_say() -> None:
     # torch.cuda.get_device_properties / deviceQuery / nvidia-smi outputs quoted in each entry's source
     reported = {
@@ -58,9 +71,9 @@ def test_reported_sizes_are_what_the_cited_reports_say() -> None:
 
 
 def test_multiprocessors_are_those_that_cards_report() -> None:
-    # torch.cuda.get_device_properties and deviceQuery outputs: see gpus.json, multiprocessors_source
+    # torch.cuda.get_device_properties, deviceQuery, OpenCL and hashcat outputs: each multiprocessors_source
     reported = {"a10": 72, "a10g": 80, "a40": 84, "a100-40gb": 108, "b200": 148, "h100": 132, "h20": 78}
-    reported |= {"gh200": 132, "l40s": 142, "rtx-4090-laptop": 76, "rtx-5090": 170}
+    reported |= {"gh200": 132, "l4": 58, "l40s": 142, "rtx-5090": 170}
     for name, count in reported.items():
         assert multiprocessors(gpu(name)) == count
     assert all(item.multiprocessors for item in gpus())
@@ -149,3 +162,4 @@ def test_the_file_says_what_its_numbers_mean() -> None:
     data = json.loads(text)
     assert "totalGlobalMem" in data["note"]
     assert "https://developer.nvidia.com/cuda-gpus" in data["capability_source"]
+    assert "multiProcessorCount" in data["multiprocessors_note"]
