@@ -12,6 +12,7 @@ from typing import Literal
 from planner.errors import SetupError
 from planner.methods import LoRA, Method, PeftConfig
 from planner.model import Model
+from planner.peft_targets import file_adapts_experts
 from planner.targets import adapts_experts
 
 __all__ = [
@@ -167,8 +168,13 @@ def _check_method(model: Model, method: Method) -> None:
     """What the library would pass over. Raises SetupError."""
     if isinstance(method, PeftConfig) and method.values["peft_type"] == "LN_TUNING":
         raise adapted_norm(model.id)
-    experts = isinstance(method, LoRA) and adapts_experts(model, method.target_modules)
-    if experts and fuses_experts("liger", model):
+    if not fuses_experts("liger", model):
+        return
+    if isinstance(method, PeftConfig):
+        wrapped = file_adapts_experts(model, method.values)
+    else:
+        wrapped = isinstance(method, LoRA) and adapts_experts(model, method.target_modules)
+    if wrapped:
         raise adapted_experts(model.id)
 
 

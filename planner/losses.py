@@ -9,6 +9,7 @@ from planner.errors import SetupError
 from planner.liger import LIGER_VERSION, Kernels, check_kernels
 from planner.methods import LoRA, Method, PeftConfig
 from planner.model import Model
+from planner.peft_targets import file_adapts_head
 from planner.targets import lora_targets
 
 if TYPE_CHECKING:
@@ -85,20 +86,13 @@ def check_loss(training: Training, model: Model, method: Method, *, shared: bool
 
 
 def _adapts_head(model: Model, method: Method) -> bool:
-    """Whether a method plainly puts something around the output layer.
+    """Whether a method puts something around the output layer.
 
-    Of an adapter_config.json what names it: "all-linear" leaves it out (peft 0.21, tuners/tuners_utils.py), a
-    pattern is peft's to read, and a copy in modules_to_save is trained by the loss itself.
+    A copy in modules_to_save is not meant: the loss itself trains it.
     """
     if isinstance(method, LoRA):
         return any(t.weight.role == "head" for t in lora_targets(model, method.target_modules))
-    if not isinstance(method, PeftConfig):
-        return False
-    named = method.values.get("target_modules")
-    heads = {tensor.module for tensor in model.tensors if tensor.role == "head"}
-    return isinstance(named, list) and any(
-        head == name or head.endswith(f".{name}") for head in heads for name in named
-    )
+    return isinstance(method, PeftConfig) and file_adapts_head(model, method.values)
 
 
 def _plain_head(model: Model) -> bool:

@@ -1,6 +1,6 @@
 """What an adapter_config.json does to a model, for the methods of peft that have formulas.
 
-Matching of names follows peft 0.21, tuners/tuners_utils.py (check_target_module_exists) and utils/other.py
+Matching of names is `planner.peft_targets`'; of ranks it follows peft 0.21, utils/other.py
 (get_pattern_key). What is not read here is not guessed: `peft_form` is None, and `simulate` runs peft itself.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from planner.estimate import peft_defaults
 from planner.methods import LoRABias, PeftConfig
 from planner.model import Model, WeightTensor
+from planner.peft_targets import file_matches
 from planner.targets import OLD_EXPERT_NAMES, LoRATarget, module_matches
 
 __all__ = ["Change", "PeftForm", "peft_form"]
@@ -231,11 +232,11 @@ def _wanted(
     old = (*OLD_EXPERT_NAMES.get(_family(model), ()), "gate")
     if fused and (isinstance(targets, str) or set(targets) & set(old)):
         return []  # peft adapts fused experts here
-    matches = partial(_matches, values=values, targets=targets)
+    matches = partial(file_matches, values=values, targets=targets)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = [t for t in model.linear_weights if t.role == "head"][-1:]
         linears = [t for t in model.linear_weights if t not in head]
-        return _cut(linears, partial(_matches, values=values, targets=None))
+        return _cut(linears, partial(file_matches, values=values, targets=None))
     found = _cut((t for t in model.tensors if t.leaf == "weight"), matches)
     return [] if any(t.kind not in kinds for t in found) else found
 
@@ -248,40 +249,6 @@ def _cut(weights: Iterable[WeightTensor], matches: Callable[[str], bool]) -> lis
         if layers:
             found.append(replace(weight, layers=tuple(layers)) if weight.layers else weight)
     return found
-
-
-def _matches(
-    module: str, *, values: Mapping[str, Any], targets: str | Collection[str] | None
-) -> bool:
-    """check_target_module_exists; `targets` None: every module that is not excluded."""
-    excluded = values.get("exclude_modules") or ()
-    if isinstance(excluded, str):
-        if re.fullmatch(excluded, module):
-            return False
-    elif any(module_matches(module, name) for name in excluded):
-        return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in values.get("modules_to_save") or ()):
-        return False
-    if targets is None:
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    if module in targets:
-        return True
-    return any(module.endswith(f".{name}") for name in targets) and _in_layers(module, values)
-
-
-def _in_layers(module: str, values: Mapping[str, Any]) -> bool:
-    wanted = values.get("layers_to_transform")
-    if wanted is None or wanted == []:
-        return True
-    patterns = values.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
-        if found:
-            layer = int(found["index"])
-            return bool(layer == wanted if isinstance(wanted, int) else layer in wanted)
-    return False
 
 
 def _saved(model: Model, values: Mapping[str, Any]) -> tuple[WeightTensor, ...] | None:

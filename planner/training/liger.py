@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -38,7 +39,7 @@ def require_liger(training: Training, device: torch.device) -> None:
 
 def refuse_adapted_head(net: Any, model: str) -> None:
     """Refuse an output layer that peft has put something around. Raises SetupError."""
-    if isinstance(net.get_output_embeddings(), BaseTunerLayer):
+    if isinstance(net.get_output_embeddings(), BaseTunerLayer | TrainableTokensWrapper):
         raise adapted_head(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from planner.errors import SetupError
-from planner.estimate import estimate
 from planner.losses import liger_chunk_tokens
 from planner.spec import LoRA, PeftConfig, QLoRA, Setup, Sharding, Training
 from planner.training import liger
@@ -149,20 +149,45 @@ def test_lora_on_the_output_layer_would_not_be_trained_and_is_refused(kind: Any)
     Setup(model="meta-llama/Llama-3.2-1B", method=method, training=Training(loss="chunked"))
 
 
-def test_so_is_an_adapter_config_that_puts_something_there() -> None:
-    method = PeftConfig(peft_config_json='{"peft_type": "LORA", "target_modules": ["q_proj", "lm_head"]}')
-    with pytest.raises(SetupError, match="would never be trained"):
-        setup_of(LLAMA, method, loss="liger")
+TIED = {**LLAMA, "tie_word_embeddings": True}
+ON_THE_HEAD: list[tuple[Any, dict[str, Any]]] = [
+    (LLAMA, {"target_modules": ["q_proj", "lm_head"]}),
+    (LLAMA, {"target_modules": ".*(q_proj|lm_head)"}),
+    (LLAMA, {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}),  # a whole name
+    (LLAMA, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 2]}}),
+    (TIED, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
+    (TIED, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    (TIED, {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]}),
+]
+BESIDE_THE_HEAD: list[tuple[Any, dict[str, Any]]] = [
+    (TIED, {"target_modules": ["q_proj", "embed_tokens"]}),
+    (LLAMA, {"target_modules": "all-linear"}),
+    (LLAMA, {"target_modules": ".*_proj", "trainable_token_indices": [1, 2]}),
+    (LLAMA, {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]}),
+    (LLAMA, {"target_modules": ".*(q_proj|lm_head)", "modules_to_save": ["lm_head"]}),
+    (LLAMA, {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]}),
+]
 
 
-def test_where_only_peft_can_tell_it_is_refused_when_peft_has_done_it() -> None:
-    method = PeftConfig(peft_config_json='{"peft_type": "LORA", "target_modules": ".*(q_proj|lm_head)"}')
-    setup = setup_of(LLAMA, method, loss="liger")
+def _file(values: dict[str, Any]) -> PeftConfig:
+    return PeftConfig(peft_config_json=json.dumps({"peft_type": "LORA", **values}))
+
+
+@pytest.mark.parametrize(("config", "values"), ON_THE_HEAD)
+def test_so_is_an_adapter_config_that_puts_something_there(config: Any, values: dict[str, Any]) -> None:
+    """In the setup, before anything is built; peft itself does put it there."""
     with pytest.raises(SetupError, match="would never be trained"):
-        estimate(setup)
-    run = TrainingRun(setup, torch.device("meta"), _no_phases)
+        setup_of(config, _file(values), loss="liger")
+    run = TrainingRun(setup_of(config, _file(values)), torch.device("meta"), _no_phases)
+    run.prepare()
     with pytest.raises(SetupError, match="would never be trained"):
-        run.prepare()
+        liger.refuse_adapted_head(run.net, "small-llama")
+
+
+@pytest.mark.parametrize(("config", "values"), BESIDE_THE_HEAD)
+def test_one_that_leaves_it_alone_is_not_refused(config: Any, values: dict[str, Any]) -> None:
+    run = TrainingRun(setup_of(config, _file(values), loss="liger"), torch.device("meta"), _no_phases)
+    run.prepare()  # which looks at what peft has done
 
 
 def test_a_trained_copy_of_the_output_layer_is_trained() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "smollm3": {"num_hidden_layers": 4},
     }.items()
 }
+
+
+def _lora_file(**values: Any) -> PeftConfig:
+    return PeftConfig(peft_config_json=json.dumps({"peft_type": "LORA", **values}))
+
+
 LN = PeftConfig(peft_config_json='{"peft_type": "LN_TUNING"}')
 
 
@@ -154,9 +161,12 @@ def test_a_card_without_the_library_is_refused_before_anything_is_built() -> Non
         ({**LLAMA, "hidden_act": "gelu"}, None, "has gelu; choose kernels torch"),
         (LLAMA, LN, "would never be trained; choose kernels torch"),
         (MODELS["mixtral"], LoRA(target_modules=("all-linear",)), "leave the experts out of target_modules"),
+        (MODELS["mixtral"], _lora_file(target_modules="all-linear"), "leave the experts out"),
+        (MODELS["mixtral"], _lora_file(target_modules=["q_proj", "w1", "w3"]), "leave the experts out"),
+        (MODELS["qwen3_moe"], _lora_file(target_modules=r".*\.up_proj"), "leave the experts out"),
+        (MODELS["qwen3_moe"], _lora_file(target_parameters=["experts.down_proj"]), "leave the experts out"),
         ({**MODELS["qwen3_moe"], "mlp_only_layers": [1]}, None, "has layers without"),
     ],
-    ids=["gpt2", "gpt-oss", "gelu", "ln", "experts", "dense"],
 )
 def test_what_the_library_has_not_or_would_break_is_refused(config: Any, method: Any, words: str) -> None:
     Setup(model=model_of(config), method=method)
