@@ -200,13 +200,14 @@ def _backward(layers: Stack, gradients: int, workspace: int, before_products: in
     ]
     best = max(at_loss, key=lambda m: m.total_bytes)
     made = gradients + layers.loss.waiting_bytes if gradients else layers.loss.weight_bytes
-    for stretch in reversed(layers.stretches):
+    for back, stretch in enumerate(reversed(layers.stretches)):
         moment = stretch.backward
         if moment is None:  # nothing in it or before it is trained; an encoder before it may be
             continue
         left_bytes = stretch.stray_bytes if gradients else stretch.weight_bytes
         for index in {stretch.count - 1, 0}:
             later = stretch.count - 1 - index
+            handed = layers.handed_on_bytes if later == 0 and back <= 1 else 0
             candidate = Alive(
                 phase="backward",
                 gradients=made + left_bytes * later + moment.gradients_bytes,
@@ -214,8 +215,8 @@ def _backward(layers: Stack, gradients: int, workspace: int, before_products: in
                 - stretch.kept_bytes * (later + 1)
                 + stretch.input_bytes
                 + moment.kept_bytes,
-                logits_and_loss=output,
-                temporaries=moment.temporaries_bytes,
+                logits_and_loss=output + handed,
+                temporaries=moment.temporaries_bytes - handed,
                 workspace=workspace,
             )
             best = max(best, candidate, key=lambda m: m.total_bytes)

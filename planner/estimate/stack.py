@@ -147,6 +147,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         leaf_is_input=leaf_is_input,
         embedded_is_input=variable is embeddings,
         keeps_graph=training.loop == "plain",
+        handed_on_bytes=loss.kept_bytes if training.loss == "liger" and _writes_over(ops) else 0,
     )
 
 
@@ -165,6 +166,11 @@ def _operations(setup: Setup, shape: Architecture) -> Operations:
         prefix=prefix,
         fp16=training.precision.startswith("fp16"),
     )
+
+
+def _writes_over(ops: Operations) -> bool:
+    """Whether the last norm's backward pass writes over the gradient that comes in."""
+    return isinstance(ops, LigerOperations) and ops.what.last_in_place
 
 
 def _input(x: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class Stack:
     (`inputs_embeds`), while its layers run; `embedded_is_input`: they are the first layer's input.
     `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds both
     to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss and
-    with it the graph to the end of the step.
+    with it the graph to the end of the step. `handed_on_bytes`: the gradient of the head's input that the
+    loss made in the forward pass, where the last norm writes over it and the last layer's is in its storage.
     """
 
     stretches: tuple[Stretch, ...]
@@ -65,6 +66,7 @@ class Stack:
     masks_kept: bool = False
     embedded_bytes: int = 0
     embedded_is_input: bool = False
+    handed_on_bytes: int = 0
 
     @property
     def pinned_bytes(self) -> int:

@@ -372,21 +372,18 @@ def _setup(case: Case | Varied) -> Setup:
     )
 
 
-NAMED_OTHERWISE = [  # the totals agree; Liger's last norm hands the loss's gradient on in its own storage
-    pytest.param(
-        (
-            model,
-            QLoRA(),
-            {"micro_batch_size": 4, "seq_len": 512, "loss": "liger", "kernels": "liger",
-             "precision": "bf16-mixed", "activation_checkpointing": True},
-        ),
-        marks=pytest.mark.xfail(strict=True, reason="formulas count that gradient among temporaries"),
+HANDED_ON: list[Case | Varied] = [  # Liger's last norm hands the loss's gradient on in its own storage
+    (
+        model,
+        QLoRA(),
+        {"micro_batch_size": 4, "seq_len": 512, "loss": "liger", "kernels": "liger",
+         "precision": "bf16-mixed", "activation_checkpointing": True},
     )
     for model in (MISTRAL, PHI3)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*CASES, *VARIED, *SEQ2SEQ, *NAMED_OTHERWISE], ids=_label)
+@pytest.mark.parametrize("case", [*CASES, *VARIED, *SEQ2SEQ, *HANDED_ON], ids=_label)
 def test_estimate_is_within_two_percent_of_the_simulation(
     case: Case | Varied, record_property: Callable[[str, object], None]
 ) -> None:
