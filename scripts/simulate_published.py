@@ -44,13 +44,15 @@ def main() -> None:
 
 def _simulated(flat: Mapping[str, Any]) -> tuple[dict[str, object], list[int], list[int]]:
     """Versions, [peak allocated, peak reserved] of the steps, and the phases' bytes."""
+    from planner.simulate.arrivals import Loading
     from planner.simulate.run import simulate
     from planner.spec import QLoRA, Setup
     from tests.published import as_run
 
     setup = Setup.from_dict(flat)
     if isinstance(setup.method, QLoRA):
-        report, phases = as_run(setup)
+        report, arrivals = as_run(setup)
+        phases = arrivals.phases(Loading())
     else:
         report = simulate(setup, separate_labels=False)
         phases = report.phases

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from planner.report import MemoryReport, Phase
+from planner.report import MemoryReport
+from planner.simulate.arrivals import Arrivals
 from planner.spec import LoRA, QLoRA, Setup, Training
 
 __all__ = ["as_run", "lora_runs", "other_residents", "qlora_runs", "setup_of", "title"]
@@ -52,20 +53,20 @@ def setup_of(run: dict[str, Any]) -> Setup:
     )
 
 
-def as_run(setup: Setup) -> tuple[MemoryReport, tuple[Phase, ...]]:
-    """The simulation of a QLoRA run, and its phases as the libraries of the runs loaded and stepped.
+def as_run(setup: Setup) -> tuple[MemoryReport, Arrivals]:
+    """The simulation of a QLoRA run as the libraries of the runs stepped, and its weights' arrivals.
 
-    Four threads that never wait for the one that quantizes, cached memory kept: what all 25 show, though one
-    session names versions (transformers 5.17, peft 0.20) whose sources read otherwise.
+    Four threads that never wait for the one that quantizes, `Loading()`, is the order to look at first;
+    cached memory was kept: what all 25 show, though one session names versions (transformers 5.17, peft 0.20)
+    whose sources read otherwise.
     """
-    from planner.simulate.arrivals import Arrivals, Loading
     from planner.simulate.run import simulate
 
     watched: list[Any] = []
     with _rotary_products():
         report = simulate(setup, separate_labels=False, watch=watched.append)
     (simulation,) = watched
-    return report, Arrivals(simulation.trail, simulation.allocator.config).phases(Loading())
+    return report, Arrivals(simulation.trail, simulation.allocator.config)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 transformers 5.0 to 5.3 bring weights with min(4, processors) threads, in the order of the checkpoint, while
 one more quantizes them (core_model_loading.py: GLOBAL_WORKERS, spawn_materialize, materialize_tensors); since
 5.4 one thread does both (pull request 44576), as the simulation's own run does. `tensor.to(device, dtype)`
-takes its block first and casts and copies after: blocks are taken in the checkpoint's order, but how many
-weights wait beside the one being quantized is a race. What blocks keep unsplit, and what the cache holds for
-the first step, follow from it. Left out: that copies share a stream and threads share processors.
+takes its block first and casts and copies after. Threads begin weights in the checkpoint's order, but which
+of them gets its block first, and how many weights wait beside the one being quantized, is a race. What blocks
+keep unsplit, and what the cache holds for the first step, follow from it. Left out: that copies share a
+stream and threads share processors.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ class Loading:
 
     Each of `threads` brings one weight at a time, in a time proportional to its bytes. The one that
     quantizes takes for every weight `quantizing` times what a thread takes for the mean one. `uneven` seeds
-    how far each is off, from half as long to one and a half times; None: not at all. `cache_kept`: peft
-    before 0.20 has no `empty_cache` in `prepare_model_for_kbit_training`.
+    how far each is off, from half as long to one and a half times; None: not at all. `overtaking`: a weight
+    takes its block within this share of its time, where `uneven` says, so that later ones may come before it.
+    `cache_kept`: peft before 0.20 has no `empty_cache` in `prepare_model_for_kbit_training`.
     """
 
     threads: int = 4
     quantizing: float = 0.0
     uneven: int | None = None
+    overtaking: float = 0.0
     cache_kept: bool = True
 
     def order(self, sizes_bytes: Sequence[int]) -> Iterator[tuple[int, bool]]:
@@ -52,7 +55,10 @@ class Loading:
             there = begun + size * _pace(random)
             heapq.heapreplace(free, there)
             done = max(done, there) + each * _pace(random)
-            events += (begun, False, number), (done, True, number)
+            taken = begun
+            if random is not None and self.overtaking:
+                taken += random.uniform(0, self.overtaking) * (there - begun)
+            events += (taken, False, number), (done, True, number)
         for _time, is_quantized, number in sorted(events):
             yield number, not is_quantized
 
@@ -61,15 +67,21 @@ def _pace(random: Random | None) -> float:
     return 1.0 if random is None else random.uniform(0.5, 1.5)
 
 
-def _races(number: int) -> Iterator[Loading]:
+def _races(number: int, overtaking: int) -> Iterator[Loading]:
     random = Random(0)
-    for seed in range(number):
-        yield Loading(threads=2 + seed % 3, quantizing=random.random(), uneven=seed, cache_kept=seed % 2 == 0)
+    for seed in range(number + overtaking):
+        yield Loading(
+            threads=2 + seed % 3,
+            quantizing=random.random(),
+            uneven=seed,
+            overtaking=float(seed >= number),
+            cache_kept=seed % 2 == 0,
+        )
 
 
-# A sample of what machines do, no bound: threads that never wait, and 12 races between 2 to 4 threads and a
-# quantizing one that is at most as slow for a weight as they are.
-LOADINGS: tuple[Loading, ...] = (Loading(), Loading(cache_kept=False), *_races(12))
+# A sample of what machines do, no bound: threads that never wait, and races between 2 to 4 threads and a
+# quantizing one that is at most as slow for a weight as they are; 12 in the checkpoint's order, 6 out of it.
+LOADINGS: tuple[Loading, ...] = (Loading(), Loading(cache_kept=False), *_races(12, 6))
 
 
 class Arrivals:

@@ -48,7 +48,6 @@ def samples(training: Training, ids: torch.Tensor) -> dict[str, Any]:
     return batch
 
 
-
 def tokens_asked_for(batches: Sequence[dict[str, Any]], net: nn.Module, task: Task) -> Any:
     """The labels of a step that are asked for, which HF Trainer divides the sum of the losses by.
 

@@ -14,7 +14,7 @@ from torch import nn
 from planner.errors import ModelError
 from planner.model import Model
 
-__all__ = ["brought", "initialized", "loaded", "skeleton"]
+__all__ = ["brought", "checkpoints_layers", "initialized", "loaded", "skeleton"]
 
 _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -74,6 +74,15 @@ def _config(model: Model) -> Any:
     if model.task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id or 0  # T5's own config.json says 0
     return config
+
+
+def checkpoints_layers(net: Any) -> None:
+    """Turn on activation checkpointing of every layer, non-reentrant.
+
+    transformers 5.23, modeling_utils.py: the name of before, `gradient_checkpointing_enable`, warns.
+    """
+    enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def loaded(net: nn.Module, device: torch.device) -> nn.Module:

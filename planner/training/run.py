@@ -15,7 +15,7 @@ from planner.spec import QLoRA, Setup
 from planner.training.attach import attached, move_trained
 from planner.training.attention import attention_kernels, implementation
 from planner.training.batches import samples, tokens_asked_for
-from planner.training.build import loaded, skeleton
+from planner.training.build import checkpoints_layers, loaded, skeleton
 from planner.training.liger import refuse_adapted_head, require_liger, with_fused_loss
 from planner.training.liger_kernels import with_kernels
 from planner.training.losses import chunked
@@ -93,14 +93,10 @@ class TrainingRun:
             self._load()
             self._vocabulary = self.net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
             if training.activation_checkpointing:
-                self.net.gradient_checkpointing_enable(  # type: ignore[operator]
-                    gradient_checkpointing_kwargs={"use_reentrant": False}
-                )
+                checkpoints_layers(self.net)
         with self.phases("attach", None):
             meta = self.device.type == "meta"
-            self.net = attached(
-                self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora
-            )
+            self.net = attached(self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora)
             if training.loss == "liger":
                 refuse_adapted_head(self.net, setup.model.id)
             if training.kernels == "liger":

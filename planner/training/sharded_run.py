@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from planner.errors import SetupError
 from planner.spec import Adapter, LoRA, PeftConfig, Setup
 from planner.training.attach import attached
+from planner.training.build import checkpoints_layers
 from planner.training.group import is_imagined
 from planner.training.optimizers import optimizer_for
 from planner.training.run import PhaseHook, TrainingRun
@@ -57,9 +58,7 @@ class ShardedRun(TrainingRun):
         training = self.setup.training
         with self.phases("load", None):
             if training.activation_checkpointing:
-                self.net.gradient_checkpointing_enable(  # type: ignore[operator]
-                    gradient_checkpointing_kwargs={"use_reentrant": False}
-                )
+                checkpoints_layers(self.net)
             self.net.train()
             mesh = mesh_of(self.sharding, self.device.type)
             fsdp(self.net, self.sharding, training.precision, self.device, mesh)

@@ -4,7 +4,9 @@ tests/data/published_t4_runs.json: figures of the measurement archive in the sou
 fitcheck-llm 0.3.1 (PyPI, MIT). No coefficient is fitted. Four threads brought these runs' weights while one
 quantized them, a race: what blocks keep unsplit differs by up to 8 MiB between real runs of TinyLlama, before
 the step and in what the step finds free. Where no packed weight can keep a rest (SmolLM2-1.7B: whole blocks;
-SmolLM2-135M: the small pool), even threads are equal to the runs in every phase.
+SmolLM2-135M: the small pool), even threads are equal to the runs in every phase. For each of the others there
+is an order of arrival in which every phase is the run's to the byte (`REPRODUCING`): the order is all that is
+not known of them.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import pytest
 import torch
 
 from planner.estimate.quantized import is_quantized, tensor_sizes
-from planner.report import LoadingBand
+from planner.report import LoadingBand, Phase
 from planner.simulate.allocator import AllocatorConfig
-from planner.simulate.arrivals import LOADINGS, Arrivals
+from planner.simulate.arrivals import LOADINGS, Arrivals, Loading
 from planner.simulate.simulation import Simulation
 from planner.spec import QLoRA, Setup, Training
 from planner.training.run import TrainingRun
@@ -36,6 +38,27 @@ needs_bitsandbytes = pytest.mark.skipif(
 RUNS = qlora_runs()
 _PUBLISHED = Path(__file__).parents[2] / "planner" / "measure" / "published"
 PACKAGED = json.loads((_PUBLISHED / "simulations.json").read_text())  # what README's table shows
+# By run: one order of arrival, of a few thousand tried, in which all four phases are the run's to the byte.
+REPRODUCING = {
+    f"t4-{run}": Loading(threads=threads, quantizing=quantizing, uneven=seed, overtaking=overtaking)
+    for run, threads, quantizing, seed, overtaking in (
+        ("sweep-2026-09-15-28", 4, 0.15, 549, 0.0),
+        ("sweep-2026-09-15-30", 3, 0.25, 20, 0.0),
+        ("sweep-2026-09-15-32", 4, 0.15, 144, 0.0),
+        ("sweep-2026-09-15-34", 2, 0.1, 469, 0.0),
+        ("sweep-2026-09-15-36", 2, 0.05, 100759, 1.0),
+        ("sweep-2026-09-15-38", 3, 0.3, 803, 0.0),
+        ("phase3-2026-09-16-08", 2, 0.2, 640, 0.0),
+        ("phase3-2026-09-16-09", 3, 0.4, 33, 0.0),
+        ("phase3-2026-09-16-10", 3, 0.2, 149, 0.0),
+        ("phase3-2026-09-16-11", 4, 0.15, 50, 0.0),
+        ("phase3-2026-09-16-12", 3, 0.05, 40, 0.0),
+        ("phase3-2026-09-16-13", 4, 0.05, 1, 0.0),
+        ("phase3-2026-09-16-14", 4, 0.05, 1, 0.0),
+        ("phase3-2026-09-16-15", 4, 0.05, 2, 0.0),
+        ("phase3-2026-09-16-16", 4, 0.05, 1, 0.0),
+    )
+}
 # Their step says `outputs = model(**batch)` with labels = input ids, and looks at steps after the first.
 
 
@@ -44,13 +67,10 @@ PACKAGED = json.loads((_PUBLISHED / "simulations.json").read_text())  # what REA
 def test_a_published_run_comes_out(
     run: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    report, as_loaded = as_run(setup_of(run))
-    phases = {phase.name: phase for phase in as_loaded}  # of the second step
-    peaks = [phases[name].peak_allocated_bytes for name in ("forward", "backward", "optimizer_step")]
-    resident = phases["attach"].allocated_bytes
+    report, arrivals = as_run(setup_of(run))
+    phases, (resident, *peaks) = _sizes(arrivals, Loading())
     measured = run["measured_mib"]
-    names = ("resident_before_step", "peak_forward", "peak_backward", "peak_optimizer")
-    off = [size / MIB - measured[name] for size, name in zip((resident, *peaks), names, strict=True)]
+    off = _off([resident, *peaks], measured)
     measured_step = measured["peak_allocated"] - measured["resident_before_step"]
     step = (max(peaks) - resident) / MIB / measured_step - 1
     peak = max(peaks) / MIB / measured["peak_allocated"] - 1
@@ -65,6 +85,9 @@ def test_a_published_run_comes_out(
     )
     if all(report.provenance[name] == version for name, version in PACKAGED["versions"].items()):
         assert PACKAGED["phases"][run["id"]] == [resident, *peaks]
+        _, sizes = _sizes(arrivals, REPRODUCING.get(run["id"], Loading()))
+        assert _off(sizes, measured) == [0, 0, 0, 0]
+        assert max(sizes[1:]) / MIB == measured["peak_allocated"]
     assert abs(peak) < 0.0025
     assert abs(step) < (0.004 if "TinyLlama" in run["model"] else 0.0001)  # one order of many
     if "SmolLM2" in run["model"]:
@@ -72,8 +95,21 @@ def test_a_published_run_comes_out(
     _assert_inside(report.loading_band, measured)
 
 
+def _sizes(arrivals: Arrivals, loading: Loading) -> tuple[dict[str, Phase], list[int]]:
+    """The phases of the second step, and bytes before it and at the peak of each."""
+    phases = {phase.name: phase for phase in arrivals.phases(loading)}
+    peaks = [phases[name].peak_allocated_bytes for name in ("forward", "backward", "optimizer_step")]
+    return phases, [phases["attach"].allocated_bytes, *peaks]
+
+
+def _off(sizes: list[int], measured: dict[str, Any]) -> list[float]:
+    """MiB more than measured: resident, forward, backward, optimizer step."""
+    names = ("resident_before_step", "peak_forward", "peak_backward", "peak_optimizer")
+    return [size / MIB - measured[name] for size, name in zip(sizes, names, strict=True)]
+
+
 def _assert_inside(band: LoadingBand | None, measured: dict[str, Any]) -> None:
-    """Resident, step and peak of the run within the simulated orders, or 0.1 % of them; and a narrow band."""
+    """Resident, step, peak of the run within the simulated orders, or 0.02 % of them; and a narrow band."""
     assert band is not None
     resident, peak = measured["resident_before_step"], measured["peak_allocated"]
     for (lowest, highest), size_mib, width in (
@@ -82,7 +118,7 @@ def _assert_inside(band: LoadingBand | None, measured: dict[str, Any]) -> None:
         (band.peak_allocated_bytes, peak, 0.015),
     ):
         size = size_mib * MIB
-        assert lowest / 1.001 <= size <= highest * 1.001
+        assert lowest / 1.0002 <= size <= highest * 1.0002
         assert highest - lowest < width * size
 
 

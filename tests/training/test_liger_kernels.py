@@ -93,7 +93,6 @@ def test_every_model_type_is_here() -> None:
     assert set(MODELS) == set(REPLACED)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_model_s_own_modules(name: str) -> None:
     def found(kernels: Any) -> tuple[float, dict[str, torch.Tensor]]:

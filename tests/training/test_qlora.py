@@ -166,7 +166,6 @@ def test_int8_keeps_the_inputs_that_checkpointing_would_drop() -> None:
 
 
 @needs_bitsandbytes
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_real_step_trains_the_adapters_alone(quantization: str, checkpointing: bool) -> None:
