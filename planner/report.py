@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from planner.errors import PlannerError
+from planner.units import gib
 
 __all__ = [
     "PARTS",
@@ -19,6 +20,7 @@ __all__ = [
     "PeakSite",
     "Phase",
     "Source",
+    "early_peak_note",
 ]
 
 SCHEMA = 1
@@ -249,6 +251,15 @@ class MemoryReport:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlannerError(f"not a memory report: {error}.") from None
+
+
+def early_peak_note(report: MemoryReport) -> str | None:
+    """What the steps need where the peak is none of theirs: the parts say nothing of them then."""
+    steps = [phase.peak_allocated_bytes for phase in report.phases if phase.step is not None]
+    if report.peak_phase not in ("load", "attach") or not steps:
+        return None
+    when = "while the model is loaded" if report.peak_phase == "load" else "while the method is attached"
+    return f"The peak is before the first step, {when}; the steps need at most {gib(max(steps))}."
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

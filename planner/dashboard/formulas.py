@@ -69,9 +69,14 @@ _QUANTIZED = {
 def _base_weights(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     if isinstance(setup.method, QLoRA):
         formula, words = _QUANTIZED[setup.method.quantization]
+        load = report.peak_phase == "load"
+        also = r" + 2\, |W_{\mathrm{largest}}|" if load else ""
+        beside = " While they are loaded one of these is there in 16 bits as well." if load else ""
         return (
-            rf"\sum_{{\mathrm{{linear}}\ W}} \left( {formula} \right) + \sum_{{\mathrm{{others}}}} 4\, |W|",
-            f"P = {setup.model.parameters:,} parameters: {words} in linear layers; all others in fp32.",
+            rf"\sum_{{\mathrm{{linear}}\ W}} \left( {formula} \right) + \sum_{{\mathrm{{others}}}} 4\, |W|"
+            + also,
+            f"P = {setup.model.parameters:,} parameters: {words} in linear layers; all others in fp32."
+            + beside,
             "bitsandbytes, functional.py; peft, prepare_model_for_kbit_training",
         )
     element = RECIPES[setup.training.precision].base

@@ -9,7 +9,8 @@ from planner.estimate.experts import router_note
 from planner.estimate.forms import model_form
 from planner.estimate.optimizers import clipping_bytes, states_are_known
 from planner.estimate.peft_form import peft_form
-from planner.estimate.rank_report import one_gpu
+from planner.estimate.phases import phases
+from planner.estimate.rank_report import one_gpu, with_load
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import Resident, resident
 from planner.estimate.sharded import sharded_report
@@ -18,7 +19,7 @@ from planner.estimate.stretches import Stack
 from planner.estimate.workspace import Workspaces, workspaces
 from planner.liger import fuses_experts
 from planner.optimizers import paged_note
-from planner.report import MemoryReport, Parts, Phase
+from planner.report import MemoryReport, Parts, early_peak_note
 from planner.spec import PeftConfig, Setup
 from planner.version import __version__
 
@@ -36,8 +37,16 @@ def estimate(setup: Setup) -> MemoryReport:
     the allocator's unused rest.
     """
     if setup.sharding.is_distributed:
-        alone = None if setup.sharding.shard_ranks > 1 else estimate(one_gpu(setup))
-        return sharded_report(setup, alone)
+        alone = None if setup.sharding.shard_ranks > 1 else _of_steps(one_gpu(setup))
+        report = sharded_report(setup, alone)
+    else:
+        report = with_load(_of_steps(setup))
+    note = early_peak_note(report)
+    return replace(report, notes=(*report.notes, note)) if note else report
+
+
+def _of_steps(setup: Setup) -> MemoryReport:
+    """One GPU's report with the parts of the steps' peak, whatever the load took."""
     kept = resident(setup)
     if setup.training.clip_grad_norm is not None:
         step_bytes = max(kept.step_temporaries_bytes, clipping_bytes(kept.trained))
@@ -71,7 +80,7 @@ def estimate(setup: Setup) -> MemoryReport:
             temporaries=peak.temporaries,
             workspace=peak.workspace,
         ),
-        phases=_phases(setup, kept, layers, (first, steady), workspace),
+        phases=phases(setup, kept, layers, (first, steady), workspace),
         peak_phase=peak.phase,
         not_known=_not_known(setup),
         notes=_notes(setup, kept.paged_bytes),
@@ -139,7 +148,7 @@ def _forward(layers: Stack, gradients: int, workspace: int, *, again: bool) -> A
     """
     earlier_logits = layers.loss.output_bytes if again else 0
     beside = layers.embedded_bytes + (0 if layers.masks_kept else layers.masks_bytes)  # gone with the layers
-    waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + _leaf_bytes(layers)
+    waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + layers.leaf_kept_bytes
     waiting += layers.left_bytes - layers.inputs_bytes if again else 0
     best = Alive(phase="forward")
     for number, stretch in enumerate(layers.stretches):
@@ -169,24 +178,12 @@ def _forward(layers: Stack, gradients: int, workspace: int, *, again: bool) -> A
     return max(best, moment, key=lambda m: m.total_bytes)
 
 
-def _waiting(layers: Stack) -> int:
-    """What the forward pass leaves for the backward pass, head and loss apart."""
-    kept = sum([stretch.kept_bytes * stretch.count for stretch in layers.stretches])
-    masks = layers.masks_bytes if layers.masks_kept else 0
-    outside = layers.inputs_bytes + layers.tables_bytes + masks + _leaf_bytes(layers)
-    return outside + kept + layers.pinned_bytes
-
-
-def _leaf_bytes(layers: Stack) -> int:
-    return 0 if layers.leaf_is_input else layers.leaf_bytes
-
-
 def _backward(layers: Stack, gradients: int, workspace: int, before_products: int) -> Alive:
     """At the loss, or in a layer: the last one with everything kept, the first with all gradients.
 
     `before_products`: what there is of the workspace before the first product.
     """
-    waiting = _waiting(layers)
+    waiting = layers.waiting_bytes
     output = layers.loss.output_bytes
     at_loss = [
         Alive(
@@ -223,49 +220,6 @@ def _backward(layers: Stack, gradients: int, workspace: int, before_products: in
         waiting -= stretch.kept_bytes * stretch.count
         made += left_bytes * stretch.count
     return best
-
-
-def _phases(
-    setup: Setup,
-    kept: Resident,
-    layers: Stack | None,
-    worst: tuple[dict[str, Alive], dict[str, Alive]],
-    taken: Workspaces,
-) -> tuple[Phase, ...]:
-    """Load, attach and two steps: optimizer states come at the end of the first.
-
-    `worst` are the moments of the first step and of the second.
-    """
-    left = kept.gradients_bytes if setup.training.zero_grad == "zero" else 0
-    base = kept.base_weights_bytes
-    attached = base + kept.adapter_weights_bytes
-    states = kept.optimizer_states_bytes
-    waiting = output = held = 0
-    workspace = taken.total_bytes
-    if layers is not None:
-        waiting = layers.loss.output_bytes + layers.loss.kept_bytes + layers.loss.early_bytes
-        waiting += _waiting(layers)
-        output = layers.loss.output_bytes + layers.inputs_bytes + 2 * layers.leaf_bytes
-        output += layers.pinned_bytes + layers.stray_bytes
-        held = layers.loss.output_bytes + layers.left_bytes
-    phases = [
-        Phase(name="load", allocated_bytes=base, peak_allocated_bytes=base),
-        Phase(name="attach", allocated_bytes=attached, peak_allocated_bytes=attached),
-    ]
-    for step in (1, 2):
-        resident_bytes = attached + (states if step == 2 else 0)
-        begins = step == 1 and setup.training.gradient_accumulation_steps == 1
-        before_products = taken.forward_bytes if begins else workspace
-        ends = {
-            "forward": resident_bytes + waiting + before_products + (left if step == 2 else 0),
-            "backward": resident_bytes + kept.gradients_bytes + output + workspace,
-            "optimizer_step": attached + states + held + workspace + left,
-        }
-        for name, end in ends.items():
-            base_bytes = attached + states if name == "optimizer_step" else resident_bytes
-            peak = max(base_bytes + worst[step - 1][name].total_bytes, end)
-            phases.append(Phase(name=name, allocated_bytes=end, peak_allocated_bytes=peak, step=step))
-    return tuple(phases)
 
 
 def _not_known(setup: Setup) -> tuple[str, ...]:

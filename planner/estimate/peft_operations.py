@@ -22,7 +22,8 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
     """result + (m / |W + B A| - 1) W x + m / |W + B A| B A x alpha / r.
 
     Keeps what LoRA keeps, and [T, out] twice: W x in its type and B A x in fp32, for the gradient of m. The
-    norm is made from B A of an identity [in, in] and a copy of W, in fp32 and gone at the end. With dropout
+    norm is made from B A of an identity [in, in] and a copy of W, in fp32 and gone at the end; the identity
+    is gone before where no graph keeps it. With dropout
     W x is made again from fp32 copies of the dropped x and of W, which are kept; without, W x loses its bias,
     which is fp32 under autocast.
     """
@@ -35,13 +36,14 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
     multiplied = recipe.compute if recipe.autocast else element
     copied = recipe.base != element
     kept = copied and form.lora_dropout > 0  # W x is made from that copy, which counts there
-    beside = (3 if kept else 2) * full
-    if recipe.autocast:  # the identity itself lives beside its 16-bit copy, until B A is there
-        half = block_bytes(numbers * multiplied)
-        beside = max(beside, block_bytes(form.inputs**2 * element) + half - full)
-    held = ops.op((), 0, element, work_bytes=beside)
-    identity = block_bytes(form.inputs**2 * multiplied) + block_bytes(form.inputs * form.rank * multiplied)
-    held.size_bytes = identity + full + (full if copied and not kept else 0)
+    eye = ops.op((), form.inputs**2, element)
+    seen = ops.cast(eye, multiplied)
+    low = ops.op((seen,), form.inputs * form.rank, multiplied)
+    product = ops.op((low,), numbers, multiplied)
+    ops.hold(eye)
+    product = ops.cast(product, element)
+    held = (product, ops.op((), numbers, element)) if copied and not kept else (product,)
+    ops.op((product,), 0, element, work_bytes=(3 if kept else 2) * full)
     down = ops.trained(dropped, form.inputs, form.rank)
     up = ops.trained(down, form.rank, form.outputs)
     if form.lora_dropout:
@@ -55,7 +57,8 @@ def dora(ops: Operations, x: Tensor, result: Tensor, form: LinearForm) -> Tensor
     first = _by_vector(ops, base, element, magnitude)
     second = ops.scaled(_by_vector(ops, up, element, 0))
     out = ops.add(result, ops.add(first, second))
-    ops.hold(held, single, dropped, up, base)
+    ops.hold(*held, single, dropped, up, base)
+    ops.hold_by_graph(seen, low)
     answer = ops.cast(out, result.element)
     ops.hold(x, result)
     return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.estimate.alive import Alive
 from planner.estimate.parameters import parameters
@@ -12,7 +12,7 @@ from planner.report import MemoryReport, Parts, Phase
 from planner.spec import PeftConfig, Setup
 from planner.version import __version__
 
-__all__ = ["UNKNOWN", "Held", "bare_report", "not_known", "one_gpu", "rank_report", "worst"]
+__all__ = ["UNKNOWN", "Held", "bare_report", "not_known", "one_gpu", "rank_report", "with_load", "worst"]
 
 UNKNOWN = ("activations", "logits_and_loss", "temporaries")
 
@@ -111,6 +111,14 @@ def bare_report(
     }
     ends = {"forward": workspace, "backward": gradients + workspace, "optimizer_step": workspace}
     return rank_report(setup, held, moments, ends, not_known=not_known, notes=notes)
+
+
+def with_load(report: MemoryReport) -> MemoryReport:
+    """The report with the load's peak for its own where that is above the steps'."""
+    load_bytes = max(phase.peak_allocated_bytes for phase in report.phases if phase.name == "load")
+    if load_bytes <= report.peak_allocated_bytes:
+        return report
+    return replace(report, parts=Parts(base_weights=load_bytes), peak_phase="load")
 
 
 def one_gpu(setup: Setup) -> Setup:

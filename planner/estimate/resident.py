@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.estimate.optimizers import bare_memory, optimizer_memory
 from planner.estimate.parameters import TrainedTensor, parameters, trained_tensors
-from planner.estimate.quantized import tensor_sizes
+from planner.estimate.quantized import load_beside_bytes, tensor_sizes
 from planner.estimate.recipes import recipe_of
 from planner.estimate.rounding import block_bytes, packed_bytes
 from planner.report import Parameters
@@ -21,7 +21,7 @@ class Resident:
     """Bytes that outlive a step, and the trained tensors they come from.
 
     `step_temporaries_bytes` live in the optimizer step; `paged_bytes` are states in managed memory, which
-    torch does not count.
+    torch does not count. `load_beside_bytes` are there beside the weights while they are loaded.
     """
 
     parameters: Parameters
@@ -32,6 +32,7 @@ class Resident:
     optimizer_states_bytes: int
     step_temporaries_bytes: int = 0
     paged_bytes: int = 0
+    load_beside_bytes: int = 0
 
 
 def resident(setup: Setup) -> Resident:
@@ -51,7 +52,9 @@ def resident(setup: Setup) -> Resident:
 def _resident(setup: Setup) -> Resident:
     recipe = recipe_of(setup)
     trained = trained_tensors(setup)
+    beside = 0
     if isinstance(setup.method, QLoRA):
+        beside = load_beside_bytes(setup.model, setup.method)
         kept = tensor_sizes(setup.model, setup.method)
         weights = [(size, layers) for sizes, layers in kept for size in sizes]
     else:
@@ -69,6 +72,7 @@ def _resident(setup: Setup) -> Resident:
         optimizer_states_bytes=optimizer.states_bytes,
         step_temporaries_bytes=optimizer.temporaries_bytes,
         paged_bytes=optimizer.paged_bytes,
+        load_beside_bytes=beside,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 
 from planner.estimate.fsdp import fsdp_report
+from planner.estimate.rank_report import with_load
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import resident
 from planner.estimate.rounding import block_bytes
@@ -33,7 +34,7 @@ _BROADCAST_BYTES = 250 * MIB
 
 
 def sharded_report(setup: Setup, alone: MemoryReport | None = None) -> MemoryReport:
-    """The report of rank 0 of a setup with several GPUs; DDP adds to `alone`, the same run on one."""
+    """The report of rank 0 of a setup with several GPUs; DDP adds to `alone`, the same run's steps on one."""
     if setup.sharding.is_fsdp:
         report = fsdp_report(setup)
     elif setup.sharding.zero_stage:
@@ -116,10 +117,11 @@ def ddp_report(setup: Setup, alone: MemoryReport) -> MemoryReport:
             peak_phase="attach",
             provenance={**alone.provenance, "rank": 0},
         )
-    return replace(
+    report = replace(
         alone,
         setup=setup.to_dict(),
         parts=replace(alone.parts, gradients=alone.parts.gradients + buckets),
         phases=phases,
         provenance={**alone.provenance, "rank": 0},
     )
+    return with_load(report)

@@ -79,6 +79,19 @@ class Stack:
         return sum([stretch.stray_bytes * stretch.count for stretch in self.stretches])
 
     @property
+    def leaf_kept_bytes(self) -> int:
+        """The token embeddings' output, where no layer keeps it as its input."""
+        return 0 if self.leaf_is_input else self.leaf_bytes
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the forward pass leaves for the backward pass, head and loss apart."""
+        kept = sum([stretch.kept_bytes * stretch.count for stretch in self.stretches])
+        masks = self.masks_bytes if self.masks_kept else 0
+        outside = self.inputs_bytes + self.tables_bytes + masks + self.leaf_kept_bytes
+        return outside + kept + self.pinned_bytes
+
+    @property
     def left_bytes(self) -> int:
         """What the loop still holds in the optimizer step, logits apart."""
         graph = 2 * self.leaf_bytes + self.pinned_bytes + self.stray_bytes
@@ -106,7 +119,8 @@ def stretch_of(
     keepers.pop(out.owner, None)  # the next stretch counts its input
     pinned = [owner for owner in ops.pinned() if owner not in lent]
     held = {**keepers, **dict.fromkeys(pinned, 1)} if pinned else keepers
-    forward_peak = ops.forward_peak_bytes(dict.fromkeys(pinned, 1) if checkpointed else held)
+    first = dict.fromkeys(pinned, 1) if checkpointed else held
+    forward_peak = ops.forward_peak_bytes(first, graph=not checkpointed)
     if not out.needs_grad:
         return Stretch(
             count=1,

@@ -100,13 +100,14 @@ class _Gradient:
 class Tape:
     """The operations of one stretch of a model, in the order of the forward pass."""
 
-    __slots__ = ("holds", "multiplied", "nodes")
+    __slots__ = ("graph_holds", "holds", "multiplied", "nodes")
 
     def __init__(self) -> None:
         """Nothing has run. `multiplied`: see `backward_moment`."""
         self.multiplied: Moment | None = None
         self.nodes: list[Node] = []
         self.holds: list[tuple[Tensor, int]] = []
+        self.graph_holds: list[tuple[Tensor, int]] = []
 
     def op(
         self,
@@ -183,6 +184,11 @@ class Tape:
         last = len(self.nodes) - 1
         self.holds += [(tensor.owner, last) for tensor in tensors]
 
+    def hold_by_graph(self, *tensors: Tensor) -> None:
+        """The same of the graph behind a variable: what a checkpoint runs first has none."""
+        last = len(self.nodes) - 1
+        self.graph_holds += [(tensor.owner, last) for tensor in tensors]
+
     def keepers(self) -> dict[Tensor, int]:
         """How many nodes keep each storage."""
         keepers: dict[Tensor, int] = {}
@@ -195,11 +201,14 @@ class Tape:
         """The storages that nodes refer to as long as the graph is there."""
         return list(dict.fromkeys([tensor.owner for node in self.nodes for tensor in node.pinned]))
 
-    def forward_peak_bytes(self, keepers: dict[Tensor, int], *, recomputed: bool = False) -> int:
+    def forward_peak_bytes(
+        self, keepers: dict[Tensor, int], *, recomputed: bool = False, graph: bool = True
+    ) -> int:
         """Most bytes alive while the stretch runs forward, those of its inputs not counted.
 
         A tensor that is not kept goes after its last use or hold. `recomputed`: checkpointing stops as
-        soon as the last tensor that autograd keeps is there (torch/utils/checkpoint.py, early stop).
+        soon as the last tensor that autograd keeps is there (torch/utils/checkpoint.py, early stop);
+        `graph`: autograd keeps something, which it does not when a checkpoint runs first.
         """
         nodes = self.nodes
         last_use: dict[Tensor, int] = {}
@@ -211,7 +220,7 @@ class Tape:
                 last_use[tensor.owner] = index
             if node.kept or node.reads_weight:
                 last_kept = index
-        for owner, index in self.holds:
+        for owner, index in (*self.holds, *(self.graph_holds if graph else ())):
             if index > last_use.get(owner, index):
                 last_use[owner] = index
         ends: dict[int, int] = {}

@@ -13,7 +13,7 @@ from planner.batching import asks_masks, check_gpu
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.liger import LIGER_VERSION
 from planner.optimizers import FROM_BITSANDBYTES
-from planner.report import MemoryReport, Parameters
+from planner.report import MemoryReport, Parameters, early_peak_note
 from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.arrivals import band_note, loading_band
 from planner.simulate.place import rank_notes, simulated_place
@@ -77,7 +77,13 @@ def simulate(
                 run.step(step)
                 simulation.know_states(run.optimizer)
     report = simulation.report(setup.to_dict(), _parameters(run), provenance(setup))
-    notes = (*report.notes, *rank_notes(setup.sharding, rank), *initialisation_notes(setup.method))
+    early = early_peak_note(report)
+    notes = (
+        *report.notes,
+        *((early,) if early else ()),
+        *rank_notes(setup.sharding, rank),
+        *initialisation_notes(setup.method),
+    )
     if not banded or simulation.out_of_memory:
         return replace(report, notes=notes)
     band = loading_band(simulation.trail or (), report.phases, simulation.allocator.config)
