@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from planner.spec import Training
 
 __all__ = [
+    "PREFIX_METHODS",
+    "PROMPT_METHODS",
     "Batching",
     "asks_masks",
     "check_batch",
     "check_batching",
-    "check_gpu",
     "has_flash",
     "has_masks",
     "row_shape",
@@ -44,8 +45,8 @@ _ENCODERS = ("bert", "roberta")
 _FLASH_CAPABILITY = (8, 0)  # flash_api.cpp, mha_varlen_fwd: Ampere or newer
 _FLASH_HEAD_MULTIPLE = 8  # flash_api.cpp: only dense attention pads heads to it
 # peft 0.21, PromptLearningConfig: PeftModelForCausalLM.forward drops or shifts the positions of a batch.
-_PREFIX_METHODS = ("CARTRIDGE", "PREFIX_TUNING")  # put keys and values into the cache
-_PROMPT_METHODS = (
+PREFIX_METHODS = ("CARTRIDGE", "PREFIX_TUNING")  # put keys and values into the cache
+PROMPT_METHODS = (
     *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
     *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
 )
@@ -141,7 +142,7 @@ def _check_unpadding(model: Model, method: Method) -> None:
             f"and {model.id} ({model.config.get('model_type')}) is none; {instead}"
         )
     kind = str(method.values["peft_type"]).upper() if isinstance(method, PeftConfig) else ""
-    if kind in _PREFIX_METHODS:
+    if kind in PREFIX_METHODS:
         raise SetupError(
             f"attention flash on padded samples takes as many keys as queries, and peft's {kind} puts keys "
             f"before them; {instead}"
@@ -154,20 +155,10 @@ def has_flash(gpu: Gpu | None) -> bool:
     return gpu is None or gpu.capability is None or gpu.capability >= _FLASH_CAPABILITY
 
 
-def check_gpu(training: Training, gpu: Gpu | None) -> None:
-    """Refuse a step that the GPU has no kernel for. Raises SetupError."""
-    if training.attention == "flash" and gpu is not None and not has_flash(gpu):
-        capability = ".".join(str(part) for part in gpu.capability or ())
-        raise SetupError(
-            f"attention flash needs capability 8.0, {gpu.name} has {capability}; choose attention sdpa, "
-            "efficient or eager."
-        )
-
-
 def _check_peft(method: PeftConfig, instead: str) -> None:
     values = method.values
     kind = str(values["peft_type"]).upper()
-    if kind in _PROMPT_METHODS:
+    if kind in PROMPT_METHODS:
         raise SetupError(f"peft's {kind} puts vectors before a row and drops its positions; {instead}")
     if values.get("alora_invocation_tokens"):
         raise SetupError(f"an activated LoRA acts from one place of a row on, not of each sample; {instead}")

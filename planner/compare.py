@@ -148,8 +148,11 @@ def comparison(full: MemoryReport, chosen: MemoryReport) -> Comparison:
 
 
 def full_of(setup: Setup) -> Setup:
-    """The same run as full fine-tuning."""
-    return setup.replace(method=FullFineTuning())
+    """The same run as full fine-tuning, with torch's own attention where the asked one does not take that."""
+    try:
+        return setup.replace(method=FullFineTuning())
+    except SetupError:
+        return setup.replace(method=FullFineTuning(), attention="sdpa")
 
 
 def storage(setup: Setup, tasks: int = 1) -> Storage:

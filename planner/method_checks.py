@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from planner.batching import PREFIX_METHODS, PROMPT_METHODS
 from planner.errors import SetupError
 from planner.kernels import HALF_ONLY
 from planner.methods import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["check_method", "check_qlora"]
 
 _QLORA_PRECISIONS = ("bf16", "fp16", "bf16-mixed", "fp16-mixed")  # bitsandbytes computes in 16 bits
+_PROMPT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
 _OWN_LINEARS = ("falcon",)  # transformers, integrations/bitsandbytes.py: exactly nn.Linear is exchanged
 
 
@@ -44,17 +46,53 @@ def check_method(model: Model, method: Method) -> None:
             f"method {method.name} needs the model's layers, and {model.id} is only a number of parameters; "
             "give --trainable-params, or a model's id or config.json."
         )
-    if isinstance(method, PeftConfig):
-        return  # peft itself holds it against the model
-    if isinstance(method, LoRA):
+    if isinstance(method, PeftConfig):  # whatever else it says, peft itself holds it against the model
+        _check_prompts(model, method.values)
+    elif isinstance(method, LoRA):
         _check_lora(model, method)
     elif isinstance(method, BitFit):
         if not bias_tensors(model):
-            raise SetupError(
-                f"BitFit trains bias terms, and {model.id} has none; choose lora or adapter."
-            )
+            raise SetupError(f"BitFit trains bias terms, and {model.id} has none; choose lora or adapter.")
     else:
         _check_adapter(model, method)
+
+
+def _check_prompts(model: Model, values: dict[str, Any]) -> None:
+    """Refuse vectors before the samples where peft would say nothing, and the first forward pass would fail.
+
+    peft 0.21, utils/other.py (`_prepare_prompt_learning_config`: widths and heads by the model's config) and
+    peft_model.py (a class for each task).
+    """
+    kind = str(values["peft_type"]).upper()
+    if kind not in PROMPT_METHODS:
+        return
+    task = _PROMPT_TASKS.get(model.task)
+    if task is None:
+        raise SetupError(
+            f"peft puts {kind}'s vectors before the samples of causal and of sequence-to-sequence language "
+            f"models, and {model.id} is neither; choose lora."
+        )
+    if values.get("task_type") not in (None, task):
+        raise SetupError(
+            f"{model.id} needs task_type {task} under {kind}, the file says {values['task_type']}; change it "
+            "there, or leave it out."
+        )
+    known = model.architecture
+    if kind in PREFIX_METHODS:
+        single = known is not None and known.family == "falcon" and known.num_key_value_heads == 1
+        if single and values.get("num_attention_heads") is None:
+            raise SetupError(
+                f"peft makes {kind}'s keys for every head of {model.id}, which has a single key head; choose "
+                "lora or prompt tuning."
+            )
+        return
+    widths = {t.out_features for t in model.tensors if t.role == "embedding"}
+    width = values.get("token_dim") or (known.hidden_size if known else None)
+    if width is not None and widths and width not in widths:
+        raise SetupError(
+            f"peft makes {kind}'s vectors {width:,} wide, and the embeddings of {model.id} have "
+            f"{min(widths):,}; choose lora or prefix tuning."
+        )
 
 
 def _check_lora(model: Model, method: LoRA) -> None:

@@ -15,7 +15,7 @@ from planner.batching import Batching, check_batch, check_batching
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
-from planner.kernels import HALF_ONLY, Attention, check_attention
+from planner.kernels import HALF_ONLY, Attention, check_attention, check_kernel
 from planner.liger import Kernels
 from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
 from planner.method_checks import check_method, check_qlora
@@ -148,6 +148,7 @@ class Setup:
         if isinstance(self.method, QLoRA):
             check_qlora(self.model, self.method, self.training)
         check_sharding(self.sharding, self.model, self.method, self.training)
+        check_kernel(self.model, self.method, self.training, self.gpu)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON values under the field names; `from_dict` gives an equal setup.

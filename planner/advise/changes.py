@@ -79,7 +79,8 @@ def changes(setup: Setup) -> tuple[Change, ...]:
     harmless = [item for item in open_to if item[0].price in ("nothing", "time") and item[0].at_once]
     lora = [item for item in open_to if item[0] is LORA]
     found = [_change(setup, before, [item]) for item in open_to]
-    for several in (_needed(setup, harmless), _needed(setup, [*harmless, *lora]) if lora else []):
+    for together in (harmless, [*harmless, *lora] if lora else []):
+        several = _needed(setup, together) if _goes_together(setup, together) else []
         if len(several) > 1:
             found.append(_change(setup, before, several))
     saving = {tuple(change.keys.items()): change for change in found if change.saving_bytes > 0}
@@ -91,13 +92,16 @@ def changes(setup: Setup) -> tuple[Change, ...]:
 def _possible(setup: Setup, idea: Idea) -> Mapping[str, Any] | None:
     """The keys of a change, None where it does not apply or the model cannot take it."""
     keys = idea.keys(setup)
-    if keys is None:
-        return None
+    return keys if keys is not None and _goes_together(setup, [(idea, keys)]) else None
+
+
+def _goes_together(setup: Setup, several: list[_Open]) -> bool:
+    """Whether the setup with all these changes is one that is taken."""
     try:
-        applied(setup, keys)
+        applied(setup, _merged(several))
     except SetupError:
-        return None
-    return keys
+        return False
+    return True
 
 
 def _needed(setup: Setup, several: list[_Open]) -> list[_Open]:
@@ -106,7 +110,7 @@ def _needed(setup: Setup, several: list[_Open]) -> list[_Open]:
     needed = several
     for item in reversed(several):
         fewer = [other for other in needed if other is not item]
-        if _peak_bytes(setup, fewer) <= lowest_bytes:
+        if _goes_together(setup, fewer) and _peak_bytes(setup, fewer) <= lowest_bytes:
             needed = fewer
     return needed
 

@@ -21,7 +21,7 @@ _LARGEST = 10**9  # planner.spec refuses more
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One micro batch and sequence length; `verdict` is None where the model has fewer positions."""
+    """One micro batch and sequence length; `verdict` is None where the setup is refused so."""
 
     micro_batch_size: int
     seq_len: int
@@ -63,16 +63,18 @@ def smallest_gpu(setup: Setup) -> Gpu | None:
 
 
 def verdicts(setup: Setup) -> tuple[tuple[Gpu, Verdict], ...]:
-    """Every GPU of the catalogue, in its order, with the verdict of this run on it.
+    """Every GPU of the catalogue that runs it, in its order, with the verdict of this run on it.
 
     One estimate for each compute capability: the formulas know nothing else of a card.
     """
-    reports: dict[tuple[int, int] | None, MemoryReport] = {}
+    reports: dict[tuple[int, int] | None, MemoryReport | None] = {}
     found = []
     for card in gpus():
         if card.capability not in reports:
-            reports[card.capability] = estimate(setup.replace(gpu=card))
-        found.append((card, verdict(reports[card.capability], card)))
+            reports[card.capability] = _report(setup, gpu=card)
+        report = reports[card.capability]
+        if report is not None:
+            found.append((card, verdict(report, card)))
     return tuple(found)
 
 
@@ -84,22 +86,36 @@ def grid(setup: Setup, batches: Sequence[int], seq_lens: Sequence[int]) -> tuple
     def cell(batch: int, seq_len: int) -> Cell:
         found = None
         if limit is None or seq_len <= limit:
-            found = _verdict(setup.replace(micro_batch_size=batch, seq_len=seq_len), gpu)
+            found = _verdict(setup, batch, seq_len, gpu)
         return Cell(micro_batch_size=batch, seq_len=seq_len, verdict=found)
 
     return tuple(tuple(cell(batch, seq_len) for seq_len in seq_lens) for batch in batches)
 
 
 @lru_cache(maxsize=2048)  # 32 grids: another micro batch or sequence length asks for the same cells again
-def _verdict(setup: Setup, gpu: Gpu) -> Verdict:
-    return verdict(estimate(setup), gpu)
+def _verdict(setup: Setup, batch: int, seq_len: int, gpu: Gpu) -> Verdict | None:
+    report = _report(setup, micro_batch_size=batch, seq_len=seq_len)
+    return None if report is None else verdict(report, gpu)
+
+
+def _report(setup: Setup, **changes: Any) -> MemoryReport | None:
+    """The estimate with some keys changed, None where the setup is refused so."""
+    try:
+        return estimate(setup.replace(**changes))
+    except SetupError:
+        return None
 
 
 def _largest_of(setup: Setup, field: str, limit: int) -> int | None:
     gpu = asked_gpu(setup)
     if estimate(setup).not_known:
         return None
-    return _largest(lambda size: verdict(estimate(setup.replace(**{field: size})), gpu).fits, limit)
+
+    def fits(size: int) -> bool:
+        report = _report(setup, **{field: size})
+        return report is not None and verdict(report, gpu).fits
+
+    return _largest(fits, limit)
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:

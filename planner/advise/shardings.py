@@ -175,7 +175,10 @@ def needs(setup: Setup) -> tuple[Need, ...]:
     found = []
     for card in cards:
         like = first.setdefault(card.capability, card)
-        option = _fewest(setup.replace(gpu=like), card)
+        try:
+            option = _fewest(setup.replace(gpu=like), card)
+        except SetupError:  # no kernel of the asked name there
+            continue
         if option is not None:
             found.append(Need(gpu=card, option=option))
     return tuple(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from planner.batching import check_gpu
 from planner.cli.flags import add_setup_flags, setup_from
 from planner.cli.plain import report_text
 from planner.cli.reply import Reply
@@ -29,7 +28,6 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def answer(args: argparse.Namespace) -> Reply:
     """The estimate of the setup."""
     setup = setup_from(args)
-    check_gpu(setup.training, setup.gpu)
     return report_reply(setup, estimate(setup))
 
 

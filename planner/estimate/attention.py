@@ -36,13 +36,12 @@ def attention(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm, 
         ops.hold(*plain)
     wide = q.element > ops.recipe.compute  # rotated under autocast: the scores follow q's type
     variables = x, q, k, v
-    # autocast casts what the kernel is given: keys and values after they were repeated
-    casts_late = plan.repeated and not ops.prefix
+    # autocast casts what the kernel is given: keys and values after they were joined or repeated
+    casts_late = plan.repeated or ops.prefix > 0
     if ops.recipe.autocast and not casts_late:
         q, k, v = (ops.cast(t, ops.recipe.compute) for t in (q, k, v))
     if ops.prefix:
         k, v = (_behind_prefix(ops, t, shape) for t in (k, v))
-    if ops.prefix:
         _cached(ops, k, v, plan, setup.training)
     if plan.repeated and not _broadcasts(ops, plan):
         groups = shape.num_attention_heads // shape.num_key_value_heads
@@ -116,8 +115,10 @@ def _behind_prefix(ops: Operations, x: Tensor, shape: Architecture) -> Tensor:
     """Keys or values of the trained prefix [b, k, n, d] and of the tokens, joined.
 
     The prefix's gradient is a part of the whole gradient, which therefore waits until those of all layers are
-    there to be joined (peft_model.py, get_prompt; torch, cat_tensors_backward: narrow).
+    there to be joined (peft_model.py, get_prompt; torch, cat_tensors_backward: narrow). Under autocast `cat`
+    takes the widest type, the prefix's fp32.
     """
+    x = ops.cast(x, max(x.element, ops.recipe.base))
     rows = ops.tokens // ops.seq_len * ops.prefix
     prefix = Tensor(rows * shape.num_key_value_heads * shape.head_dim, x.element, True)
     whole = block_bytes((prefix.numel + x.numel) * x.element)
@@ -133,7 +134,7 @@ def _cached(ops: Operations, k: Tensor, v: Tensor, plan: AttentionPlan, training
     if returned:
         ops.nodes[-1].pinned = (k, v)
     for tensor in (k, v):
-        held = tensor.size_bytes if plan.repeated and not returned else 0
+        held = tensor.size_bytes if (plan.repeated or ops.recipe.autocast) and not returned else 0
         ops.copied_bytes += held - tensor.size_bytes * ops.prefix // plan.keys
 
 

@@ -116,7 +116,9 @@ def chunked_loss_memory(
     some = Tensor(ops.tokens * form.head.inputs, hidden.element, hidden.needs_grad)
     chunk = loss_memory(ops, some, form, shape, training, accumulates=accumulates)
     others = block_bytes((hidden.numel - some.numel) * hidden.element) if hidden.needs_grad else 0
-    product = _product_bytes(ops, form) if chunk.weight_bytes and ops.recipe.autocast else chunk.weight_bytes
+    product = chunk.weight_bytes
+    if ops.recipe.autocast:
+        product = _product_bytes(ops, form) if form.head.weight_trained else 0
     summed = product if hidden.numel > some.numel else 0
     copies = [node.outputs[0] for node in ops.nodes if not node.inputs] if ops.copied_bytes else []
     moment = chunk.backward

@@ -70,7 +70,8 @@ def _method(setup: Setup) -> dict[str, Any]:
         return _adapter(model, method)
     if isinstance(method, PeftConfig):
         values = {key: value for key, value in method.values.items() if key not in _MADE_FOR_LOADING}
-        values.setdefault("task_type", _PEFT_TASKS[model.task])
+        if values.get("task_type") is None:
+            values["task_type"] = _PEFT_TASKS[model.task]
         return {"peft_config": values}
     return {}
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from planner.batching import asks_masks, check_gpu
+from planner.batching import asks_masks
 from planner.catalog.gpus import Gpu, gpu as gpu_named
+from planner.kernels import check_kernel
 from planner.liger import LIGER_VERSION
 from planner.optimizers import FROM_BITSANDBYTES
 from planner.report import MemoryReport, Parameters, early_peak_note
@@ -55,7 +56,7 @@ def simulate(
     Raises TraceError where a model cannot be traced, ModelError where it cannot be built.
     """
     device = gpu_named(gpu) if isinstance(gpu, str) else gpu or setup.gpu
-    check_gpu(setup.training, device)
+    check_kernel(setup.model, setup.method, setup.training, device, guessed=True)
     options: dict[str, Any] = {"gpu": device, "allocator": allocator, "limit_bytes": limit_bytes}
     options["has_masks"] = asks_masks(setup.training)
     simulation, place = simulated_place(setup.sharding, rank, progress=progress, **options)

@@ -94,7 +94,8 @@ def _config(method: PeftConfig, model: Model) -> peft.PeftConfig:
             f"{nearest(unknown[0], known)}"
         )
     values = {key: value for key, value in values.items() if key in known}
-    values.setdefault("task_type", PEFT_TASKS[model.task])
+    if values.get("task_type") is None:
+        values["task_type"] = PEFT_TASKS[model.task]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

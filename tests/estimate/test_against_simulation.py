@@ -376,6 +376,18 @@ AT_LOAD: list[Case | Varied] = [  # a small batch: what is not quantized is ther
     (model, QLoRA(quantization=kind), {"seq_len": 64, "precision": "bf16", "activation_checkpointing": True})
     for model, kind in ((LLAMA, "nf4"), (GEMMA2, "int8"), (QWEN2, "nf4-double"), (PHI3, "nf4"), (OLMO, "nf4"))
 ]
+BEHIND_A_PREFIX: list[Case | Varied] = [  # under autocast keys and values are joined in fp32
+    (model, PREFIX, {"micro_batch_size": 3, "seq_len": 512, "precision": precision, "attention": attention})
+    for model, precision, attention in (
+        (PHI, "bf16-mixed", "sdpa"),
+        (NEOX, "fp16-mixed", "eager"),
+        (LLAMA, "bf16-mixed", "efficient"),
+        (PHI3, "bf16-mixed", "sdpa"),
+    )
+]
+BIAS_OF_THE_HEAD: list[Case | Varied] = [
+    (PHI, BitFit(), {"micro_batch_size": 4, "seq_len": 512, "precision": "bf16-mixed", "loss": "chunked"})
+]
 HANDED_ON: list[Case | Varied] = [  # Liger's last norm hands the loss's gradient on in its own storage
     (
         model,
@@ -387,7 +399,10 @@ HANDED_ON: list[Case | Varied] = [  # Liger's last norm hands the loss's gradien
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*CASES, *VARIED, *SEQ2SEQ, *HANDED_ON, *AT_LOAD], ids=_label)
+MECHANISMS = [*HANDED_ON, *AT_LOAD, *BEHIND_A_PREFIX, *BIAS_OF_THE_HEAD]
+
+
+@pytest.mark.parametrize("case", [*CASES, *VARIED, *SEQ2SEQ, *MECHANISMS], ids=_label)
 def test_estimate_is_within_two_percent_of_the_simulation(
     case: Case | Varied, record_property: Callable[[str, object], None]
 ) -> None:
