@@ -18,13 +18,14 @@ __all__ = ["embedded", "layer", "looked_up", "mlp", "prefix_of", "sorted_sums_by
 
 def embedded(
     ops: Operations, form: ModelForm, shape: Architecture, *, inputs_need_grad: bool, prompts: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Token embeddings, and with positions, types, norm and dropout the first layer's input.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token embeddings, these behind prompts, and with positions, types, norm and dropout the first input.
 
     `inputs_need_grad`: the token embeddings' output is made to require gradients. Of a sample's positions the
     first `prompts` are trained vectors (peft_model.py, PeftModelForCausalLM.forward).
     """
     tokens: Tensor | None = None
+    given: Tensor | None = None
     x: Tensor | None = None
     for table in form.tables:
         count = ops.seq_len if table.position else ops.tokens
@@ -39,16 +40,18 @@ def embedded(
             rows.needs_grad = rows.needs_grad or inputs_need_grad
             if prompts:
                 rows = _prompted(ops, rows, prompts, table.width)
+            given = rows
         if table.width != shape.hidden_size:  # OPT-350m
             rows = ops.linear(rows, next(t for t in form.outer_linears if t.name == "project_in"))
         x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
     assert x is not None  # every model has a token embedding
     assert tokens is not None
+    assert given is not None
     if shape.embedding_scale and not ops.traits.embedding_scales:
         x = ops.scaled(x)
     if ops.traits.normed_embeddings:
         x = ops.norm(x, form.outer_norms[0], shape.norm)
-    return tokens, ops.dropout(x, shape.embedding_dropout)
+    return tokens, given, ops.dropout(x, shape.embedding_dropout)
 
 
 def _prompted(ops: Operations, rows: Tensor, prompts: int, width: int) -> Tensor:

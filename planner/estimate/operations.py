@@ -88,10 +88,11 @@ class Operations(Tape):
         x is kept where W is trained, never where it is frozen. Under autocast x and W are cast; the cast
         W is kept where x needs a gradient (aten/src/ATen/autocast_mode.cpp).
         """
+        argument = x
         if form.scaled == "inputs":  # IA3 on a feed-forward layer: ia3/layer.py, `Linear.forward`
             x = scaled_by_vector(self, self.cast(x, self.recipe.adapter), x.element)
         out = quantized_product(self, x, form) if form.quantized else self._product_with_weight(x, form)
-        self.hold(x)  # the module's argument, also where autocast has multiplied a copy
+        self.hold(x, argument)  # the modules' arguments, also where autocast has multiplied a copy
         if form.rank:
             out = dora(self, x, out, form) if form.dora else self._lora(x, out, form)
         if form.scaled == "outputs":

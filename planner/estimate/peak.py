@@ -147,7 +147,8 @@ def _forward(layers: Stack, gradients: int, workspace: int, *, again: bool) -> A
     one's is there.
     """
     earlier_logits = layers.loss.output_bytes if again else 0
-    beside = layers.embedded_bytes + (0 if layers.masks_kept else layers.masks_bytes)  # gone with the layers
+    beside = 0 if layers.masks_kept else layers.masks_bytes  # gone with the layers
+    beside += 0 if layers.embedded_stays else layers.embedded_bytes
     waiting = layers.inputs_bytes + layers.tables_bytes + layers.masks_bytes + layers.leaf_kept_bytes
     waiting += layers.left_bytes - layers.inputs_bytes if again else 0
     best = Alive(phase="forward")

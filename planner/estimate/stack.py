@@ -103,11 +103,11 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     ops = _operations(setup, shape)
     if ops.prefix:
         prefix_of(ops, shape)
-    rows, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
+    rows, given, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
     leaf_is_input, embeddings = rows is x, x
     # `inputs_embeds` in the model's forward: the tokens' own, or what is made of them at once
     named = shape.embedding_scale or TRAITS[shape.family].masked_head
-    variable, kept = (x if named else rows), rows in ops.keepers()
+    variable, kept = (x if named else given), given in ops.keepers()
     stretches = [stretch_of(ops, None, x, accumulates=accumulates)]
     walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
     for layer_form, count in form.runs:
@@ -146,6 +146,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         leaf_bytes=rows.size_bytes if hooked else 0,
         leaf_is_input=leaf_is_input,
         embedded_is_input=variable is embeddings,
+        embedded_stays=prompts > 0,
         keeps_graph=training.loop == "plain",
         handed_on_bytes=loss.kept_bytes if training.loss == "liger" and _writes_over(ops) else 0,
     )

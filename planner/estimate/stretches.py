@@ -47,7 +47,8 @@ class Stack:
     `inputs_bytes` are token ids and labels, `tables_bytes` cos and sin of the positions; `masks_bytes`
     attention masks, which the forward pass holds, and past it checkpoints or kernels where `masks_kept`;
     `hidden_bytes` the head's input. `embedded_bytes`: embeddings that only a variable of the model holds
-    (`inputs_embeds`), while its layers run; `embedded_is_input`: they are the first layer's input.
+    (`inputs_embeds`), while its layers run; `embedded_is_input`: they are the first layer's input;
+    `embedded_stays`: peft made them, and holds them to the end of the forward pass.
     `leaf_bytes`: the token embeddings' output where checkpointing asks for its gradient. The graph holds both
     to its end; `leaf_is_input`: the first layer keeps it anyway. `keeps_graph`: the loop holds the loss and
     with it the graph to the end of the step. `handed_on_bytes`: the gradient of the head's input that the
@@ -66,6 +67,7 @@ class Stack:
     masks_kept: bool = False
     embedded_bytes: int = 0
     embedded_is_input: bool = False
+    embedded_stays: bool = False
     handed_on_bytes: int = 0
 
     @property
