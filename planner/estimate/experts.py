@@ -48,15 +48,18 @@ def experts(ops: Operations, x: Tensor, shape: Architecture, form: LayerForm) ->
         wide,
     )
     inner = _gated(ops, both, shape)
+    ops.hold(both)
     merged.append(_merged(ops, down, added[1]))
     answers, bias = _with_bias(
         ops, form, _grouped(ops, inner, down, base, outputs=h, trained=trained, merged=merged[1]), h
     )
-    ops.hold(first_bias)
+    if form.experts_biased:
+        ops.hold(first_bias)
     weighted = _weighted(ops, answers, sorted_scores)
-    restored = ops.op((weighted,), pairs * h, weighted.element, (Tensor(pairs, _INDEX_BYTES, False),))
+    inverse = ops.op((), pairs, _INDEX_BYTES)
+    restored = ops.op((weighted, inverse), pairs * h, weighted.element, (inverse,))
     total = ops.cast(ops.op((restored,), x.numel, restored.element), x.element)
-    ops.hold(x, chosen, both, weighted, bias, *[weight for weight in merged if weight])
+    ops.hold(x, chosen, answers, bias, *[weight for weight in merged if weight])
     return ops.bottleneck(total, h, form.bottleneck) if form.bottleneck else total
 
 

@@ -399,7 +399,14 @@ HANDED_ON: list[Case | Varied] = [  # Liger's last norm hands the loss's gradien
 ]  # fmt: skip
 
 
-MECHANISMS = [*HANDED_ON, *AT_LOAD, *BEHIND_A_PREFIX, *BIAS_OF_THE_HEAD]
+EXPERTS_AGAIN: list[Case | Varied] = [  # what a checkpoint's first run holds, and where the second one stops
+    (model, method, {"micro_batch_size": 2, "seq_len": 2048, "loss": loss, "activation_checkpointing": True})
+    for model, method, loss in (
+        (QWEN3_MOE, LORA, "liger"),
+        (MIXTRAL, LoRA(target_modules=("all-linear",)), "liger"),
+    )
+]
+MECHANISMS = [*HANDED_ON, *AT_LOAD, *BEHIND_A_PREFIX, *BIAS_OF_THE_HEAD, *EXPERTS_AGAIN]
 
 
 @pytest.mark.parametrize("case", [*CASES, *VARIED, *SEQ2SEQ, *MECHANISMS], ids=_label)
