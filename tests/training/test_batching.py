@@ -253,7 +253,7 @@ def test_packing_that_would_mix_samples_is_refused(model: str, more: dict[str, A
 def test_prompts_before_a_row_are_refused_and_are_those_of_peft() -> None:
     kinds = {kind.value for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
              if issubclass(config, peft.PromptLearningConfig)}  # fmt: skip
-    assert {*batching._PROMPT_METHODS} == kinds
+    assert {*batching.PROMPT_METHODS} == kinds
     for kind in kinds:
         method = PeftConfig(peft_config_json=f'{{"peft_type": "{kind}", "num_virtual_tokens": 4}}')
         with pytest.raises(SetupError, match="drops its positions"):

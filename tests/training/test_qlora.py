@@ -72,7 +72,8 @@ def test_a_precision_that_bitsandbytes_does_not_compute_in_is_refused(precision:
 def test_a_16_bit_attention_kernel_needs_autocast(attention: str) -> None:
     with pytest.raises(SetupError, match="attends in fp32; choose bf16-mixed"):
         setup_of(LLAMA, attention=attention)
-    assert setup_of(LLAMA, attention=attention, precision="bf16-mixed")
+    mixed = setup_of(LLAMA, precision="bf16-mixed")
+    assert mixed.replace(attention=attention, gpu="a100-40gb").training.attention == attention
 
 
 def test_linear_layers_of_a_class_of_their_own_are_not_quantized() -> None:
