@@ -251,9 +251,11 @@ def _eager(
     # matmul folds b and a, for which it copies heads that lie side by side in a token
     cats, copied = ops.traits.rotary_cats, plan.repeated and plan.k > 1
     by_heads = (cats, copied or (cats and not plan.repeated), copied) if plan.b > 1 else (True, True, True)
+    if ops.prefix:  # joined by heads
+        by_heads = (by_heads[0], True, True)
     whole = q.numel if _broadcasts(ops, plan) else None
     q, k = (_by_heads(ops, t, already, whole) for t, already in zip((q, k), by_heads, strict=False))
-    scores = ops.op((q, k), n, element, (q, k))
+    scores = ops.op((q, k), n, element, tuple([x for x, other in ((q, k), (k, q)) if other.needs_grad]))
     if ops.traits.scaled_scores:
         scores = ops.scaled(scores)
     if shape.attention_softcap is not None:

@@ -376,13 +376,14 @@ AT_LOAD: list[Case | Varied] = [  # a small batch: what is not quantized is ther
     (model, QLoRA(quantization=kind), {"seq_len": 64, "precision": "bf16", "activation_checkpointing": True})
     for model, kind in ((LLAMA, "nf4"), (GEMMA2, "int8"), (QWEN2, "nf4-double"), (PHI3, "nf4"), (OLMO, "nf4"))
 ]
-BEHIND_A_PREFIX: list[Case | Varied] = [  # under autocast keys and values are joined in fp32
+BEHIND_A_PREFIX: list[Case | Varied] = [  # joined by heads, under autocast in fp32
     (model, PREFIX, {"micro_batch_size": 3, "seq_len": 512, "precision": precision, "attention": attention})
     for model, precision, attention in (
         (PHI, "bf16-mixed", "sdpa"),
         (NEOX, "fp16-mixed", "eager"),
         (LLAMA, "bf16-mixed", "efficient"),
         (PHI3, "bf16-mixed", "sdpa"),
+        (OPT, "fp32", "eager"),
     )
 ]
 BIAS_OF_THE_HEAD: list[Case | Varied] = [
