@@ -88,7 +88,7 @@ def _check_prompts(model: Model, values: dict[str, Any]) -> None:
         return
     widths = {t.out_features for t in model.tensors if t.role == "embedding"}
     width = values.get("token_dim") or (known.hidden_size if known else None)
-    if width is not None and widths and width not in widths:
+    if isinstance(width, int) and widths and width not in widths:
         raise SetupError(
             f"peft makes {kind}'s vectors {width:,} wide, and the embeddings of {model.id} have "
             f"{min(widths):,}; choose lora or prefix tuning."

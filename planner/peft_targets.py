@@ -54,6 +54,10 @@ def _in_layers(module: str, values: Mapping[str, Any]) -> bool:
     return False
 
 
+def _kind(values: Mapping[str, Any]) -> str:
+    return str(values.get("peft_type")).upper()
+
+
 def file_adapts_head(model: Model, values: Mapping[str, Any]) -> bool:
     """Whether the file puts something around the output layer, a copy in modules_to_save not counted.
 
@@ -64,7 +68,7 @@ def file_adapts_head(model: Model, values: Mapping[str, Any]) -> bool:
     heads = [t for t in model.tensors if t.role == "head"]
     tied = any(t.tied_to for t in heads)
     tokens = values.get("trainable_token_indices")
-    if tied and (tokens or values.get("peft_type") == "TRAINABLE_TOKENS"):
+    if tied and (tokens or _kind(values) == "TRAINABLE_TOKENS"):
         return True
     modules = {t.module for t in heads}
     if isinstance(tokens, dict) and any(module_matches(m, str(name)) for m in modules for name in tokens):
@@ -86,7 +90,7 @@ def file_adapts_experts(model: Model, values: Mapping[str, Any]) -> bool:
     False where its values are none that can be read, as in `file_adapts_head`.
     """
     fused = [t for t in model.tensors if len(t.shape) == 3]
-    if values.get("peft_type") != "LORA" or not fused:
+    if _kind(values) != "LORA" or not fused:
         return False
     names = [name for tensor in fused for name in tensor.names()]
     try:

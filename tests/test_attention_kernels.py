@@ -162,3 +162,8 @@ def test_prompts_that_would_fail_in_the_first_forward_pass_are_refused(
         Setup(model=model, method=method)
     assert "\n" not in str(refusal.value)
     assert model in catalog.models()
+
+
+def test_a_width_that_is_no_number_is_left_to_peft() -> None:
+    values = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8, "token_dim": "wide"}
+    Setup(model=LLAMA, method=PeftConfig(peft_config_json=json.dumps(values)))

@@ -76,6 +76,13 @@ def test_experts_are_meant_where_peft_wraps_them(kind: str, values: dict[str, An
     assert any("experts" in name for name, p in run.net.named_parameters() if p.requires_grad) == meant
 
 
+def test_a_kind_is_read_in_small_letters_too() -> None:
+    tied = model_of(LLAMA, tie_word_embeddings=True)
+    assert file_adapts_head(tied, {"peft_type": "trainable_tokens"})
+    file = {"peft_type": "lora", "target_modules": "all-linear"}
+    assert file_adapts_experts(model_of(MODELS["mixtral"]), file)
+
+
 @pytest.mark.parametrize("targets", ["(", ["("], 7, [7]])
 def test_what_cannot_be_read_is_left_to_peft(targets: Any) -> None:
     values = {"peft_type": "LORA", "target_modules": targets}
