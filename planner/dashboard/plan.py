@@ -10,7 +10,7 @@ from planner.dashboard import figures, packed, pinned, recorded, several, simula
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
-from planner.report import PARTS
+from planner.report import PARTS, early_peak_note
 from planner.units import count, gib, percent
 
 _VERDICTS = {
@@ -142,6 +142,8 @@ def _bars(shown: Answer) -> None:
     if any(part in report.not_known for _, report in shown.rows for part in PARTS):
         for note in shown.chosen.notes:
             st.caption(f":material/info: {plain(note)}")
+    elif early := early_peak_note(shown.chosen):  # the other parts are none at the peak
+        st.caption(f":material/info: {early}")
 
 
 def _table(shown: Answer) -> None:

@@ -65,6 +65,16 @@ def test_the_inputs_are_the_fields_of_the_specification(open_app) -> None:
         assert name in app.session_state, name
 
 
+def test_a_peak_before_the_first_step_is_said_beside_the_bars(open_app) -> None:
+    app = open_app()
+    words = "The peak is before the first step"
+    assert not any(words in caption.value for caption in app.caption)
+    small = {"model": "meta-llama/Llama-3.2-1B", "method": "qlora", "seq_len": 128, "gpu": "t4"}
+    change(app, **small, micro_batch_size=1, activation_checkpointing=True, precision="bf16")
+    assert not app.exception
+    assert sum(words in caption.value for caption in app.caption) == 1
+
+
 def test_a_changed_input_changes_the_verdict(open_app) -> None:
     app = open_app()
     before = verdict(app)
