@@ -13,14 +13,21 @@ if TYPE_CHECKING:
     from planner.catalog.gpus import Gpu
     from planner.spec import Training
 
-__all__ = ["HALF_ONLY", "Attention", "check_attention", "check_kernel"]
+__all__ = [
+    "FLASH_HEAD_LIMIT",
+    "HALF_ONLY",
+    "Attention",
+    "check_attention",
+    "check_kernel",
+    "cudnn_head_limit",
+    "flash_backward_fails",
+]
 
 Attention = Literal["sdpa", "flash", "efficient", "cudnn", "eager"]
 
 HALF_ONLY = ("flash", "cudnn")  # torch: flash and cuDNN attention take fp16 and bf16 only
 # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
-_FLASH_HEAD_LIMIT = 256  # check_head_dim_size_flash
-_CUDNN_HEAD_LIMIT, _CUDNN_HEAD_LIMIT_HOPPER = 128, 256  # check_cudnn_tensor_shapes
+FLASH_HEAD_LIMIT = 256  # check_head_dim_size_flash
 _AMPERE = (8, 0)  # the oldest with flash, cuDNN and bfloat16
 _ANY = (9, 0)  # takes whatever any card does
 _ALWAYS_MASKED = ("falcon",)  # its code makes a mask where torch could do without
@@ -45,9 +52,9 @@ def check_attention(model: Model, training: Training, *, trains_all: bool) -> No
             f"attention {training.attention} takes no position biases as {model.id} has them here; choose "
             "sdpa, efficient or eager."
         )
-    if known and training.attention == "flash" and known.head_dim > _FLASH_HEAD_LIMIT:
+    if known and training.attention == "flash" and known.head_dim > FLASH_HEAD_LIMIT:
         raise SetupError(
-            f"attention flash takes heads of up to {_FLASH_HEAD_LIMIT}, {model.id} has {known.head_dim}; "
+            f"attention flash takes heads of up to {FLASH_HEAD_LIMIT}, {model.id} has {known.head_dim}; "
             "choose sdpa, efficient or eager."
         )
 
@@ -91,19 +98,30 @@ def check_kernel(
         )
 
 
+def cudnn_head_limit(capability: tuple[int, int]) -> int:
+    """The widest head that cuDNN's attention takes: check_cudnn_tensor_shapes."""
+    return 256 if capability == (9, 0) else 128
+
+
+def flash_backward_fails(capability: tuple[int, int], shape: Architecture) -> bool:
+    """check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120."""
+    small = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
+    width = shape.head_dim
+    return small and (192 < width <= 224 or (width > 224 and shape.attention_dropout > 0))
+
+
 def _heads_it_takes(kernel: str, known: Architecture, capability: tuple[int, int], *, half: bool) -> str:
     """In words, where the model's heads are none of them; "" where they are."""
-    width, dropout = known.head_dim, known.attention_dropout > 0
+    width = known.head_dim
     if kernel == "cudnn":
-        limit = _CUDNN_HEAD_LIMIT_HOPPER if capability == (9, 0) else _CUDNN_HEAD_LIMIT
+        limit = cudnn_head_limit(capability)
         return f"a multiple of 8 up to {limit}" if width % 8 or width > limit else ""
-    if kernel == "flash":  # check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120
-        small = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
-        fails = small and (192 < width <= 224 or (width > 224 and dropout))
-        return ("up to 192" if dropout else "up to 192 and from 225 on") if fails else ""
-    multiple = (
-        8 if half and capability >= (7, 0) else 4 if capability >= _AMPERE else 1
-    )  # minimum_gemm_alignment
+    if kernel == "flash":
+        taken = "up to 192" if known.attention_dropout > 0 else "up to 192 and from 225 on"
+        return taken if flash_backward_fails(capability, known) else ""
+    multiple = 4 if capability >= _AMPERE else 1  # minimum_gemm_alignment
+    if half and capability >= (7, 0):
+        multiple = 8
     return f"a multiple of {multiple}" if width % multiple else ""
 
 

@@ -14,15 +14,13 @@ from typing import Literal
 from planner.batching import has_masks, row_shape, sample_lengths, takes_lengths, unpads
 from planner.estimate.forms import LayerForm
 from planner.estimate.traits import TRAITS
+from planner.kernels import FLASH_HEAD_LIMIT, cudnn_head_limit, flash_backward_fails
 from planner.model import Architecture
 from planner.spec import Setup
 
 __all__ = ["AttentionPlan", "attention_plan"]
 
 Kernel = Literal["flash", "varlen", "efficient", "cudnn", "math", "eager"]
-_FLASH_HEAD_LIMIT = 256  # sdp_utils.cpp: check_head_dim_size_flash
-_CUDNN_HEAD_LIMIT = 128  # sdp_utils.cpp: check_cudnn_tensor_shapes
-_CUDNN_HEAD_LIMIT_HOPPER = 256
 _CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))  # sdp_utils.cpp: check_prefer_cudnn_attention
 _DEFAULT_CAPABILITY = (8, 0)
 
@@ -102,16 +100,8 @@ def attention_plan(
     bf16_refused = element == 2 and not training.precision.startswith("fp16") and capability < (8, 0)
     bf16_refused |= single  # no kernel takes fewer key heads unless it is told
     kernel: Kernel = "math" if bf16_refused or (grouped and not masked) else "efficient"
-    if half and not masked and d <= _FLASH_HEAD_LIMIT and not _flash_backward_fails(capability, shape):
+    if half and not masked and d <= FLASH_HEAD_LIMIT and not flash_backward_fails(capability, shape):
         kernel = "flash"
-    cudnn_limit = _CUDNN_HEAD_LIMIT_HOPPER if capability == (9, 0) else _CUDNN_HEAD_LIMIT
-    if half and capability in _CUDNN_FIRST and d % 8 == 0 and d <= cudnn_limit:
+    if half and capability in _CUDNN_FIRST and d % 8 == 0 and d <= cudnn_head_limit(capability):
         kernel = "cudnn"
     return plan(kernel=kernel, masked=masked, repeated=repeated)
-
-
-def _flash_backward_fails(capability: tuple[int, int], shape: Architecture) -> bool:
-    """sdp_utils.cpp: check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120."""
-    small_sm = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
-    d = shape.head_dim
-    return small_sm and (192 < d <= 224 or (d > 224 and shape.attention_dropout > 0))

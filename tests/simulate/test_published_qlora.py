@@ -5,8 +5,8 @@ fitcheck-llm 0.3.1 (PyPI, MIT). No coefficient is fitted. Four threads brought t
 quantized them, a race: what blocks keep unsplit differs by up to 8 MiB between real runs of TinyLlama, before
 the step and in what the step finds free. Where no packed weight can keep a rest (SmolLM2-1.7B: whole blocks;
 SmolLM2-135M: the small pool), even threads are equal to the runs in every phase. For each of the others there
-is an order of arrival in which every phase is the run's to the byte (`REPRODUCING`): the order is all that is
-not known of them.
+is an order of arrival in which every phase is the run's to the byte (`REPRODUCING`), found by a search that
+knew the run: it shows that an order is enough to explain it, not which one the machine took.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from planner.errors import SetupError
@@ -188,6 +189,7 @@ def test_so_is_an_adapter_config_that_puts_something_there(config: Any, values: 
 def test_one_that_leaves_it_alone_is_not_refused(config: Any, values: dict[str, Any]) -> None:
     run = TrainingRun(setup_of(config, _file(values), loss="liger"), torch.device("meta"), _no_phases)
     run.prepare()  # which looks at what peft has done
+    assert type(run.net.get_output_embeddings()) in (nn.Linear, ModulesToSaveWrapper)  # type: ignore[operator]
 
 
 def test_a_trained_copy_of_the_output_layer_is_trained() -> None:
