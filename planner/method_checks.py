@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from planner.attention import HALF_ONLY
 from planner.batching import PREFIX_METHODS, PROMPT_METHODS
 from planner.errors import SetupError
-from planner.kernels import HALF_ONLY
 from planner.methods import (
     Adapter,
     BitFit,

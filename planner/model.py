@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-__all__ = ["Architecture", "Kind", "Model", "Role", "Task", "WeightTensor"]
+__all__ = ["Architecture", "AttentionShape", "Kind", "Model", "Role", "Task", "WeightTensor"]
 
 Task = Literal["causal-lm", "masked-lm", "seq2seq-lm"]
 Role = Literal["embedding", "position", "attention", "mlp", "experts", "router", "norm", "head", "other"]
@@ -83,6 +83,21 @@ class WeightTensor:
             yield self.name
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """What decides which of torch's fused kernels takes a model's attention.
+
+    `fused`: whether transformers' class asks for one at all. `head_dims`: the different pairs of widths of
+    a head, of queries and keys and of values, in elements. `window`: tokens from which on a sliding or
+    chunked layer has a mask. `dropout`: of the weights of attention, as the config asks for it in training.
+    """
+
+    fused: bool
+    head_dims: tuple[tuple[int, int], ...]
+    window: int | None = None
+    dropout: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The numbers of a transformer that decide its activations (closed-form families only).
@@ -133,6 +148,16 @@ class Architecture:
     mlp_output: str = "down_proj"  # ... and of the one whose output leaves the MLP
     layer_class: str = ""  # transformers' decoder layer class
 
+    @property
+    def attention(self) -> AttentionShape:
+        """Its attention, as the kernels see it."""
+        return AttentionShape(
+            fused=self.sdpa,
+            head_dims=((self.head_dim, self.head_dim),),
+            window=self.sliding_window if self.sliding_layers else None,
+            dropout=self.attention_dropout,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -140,7 +165,8 @@ class Model:
 
     `config_json` is the config.json it was made from (canonical JSON; "" for a bare parameter
     count). `tensors` lists every parameter of transformers' own class for `task`. `architecture`
-    is None outside the closed-form families: then activations need `simulate`.
+    is None outside the closed-form families: then activations need `simulate`, and `built_attention` is what
+    its modules say of their attention.
     """
 
     id: str
@@ -151,6 +177,12 @@ class Model:
     max_positions: int | None = None
     source: str = ""
     bare_parameters: int | None = None  # params:7e9
+    built_attention: AttentionShape | None = None
+
+    @property
+    def attention(self) -> AttentionShape | None:
+        """What decides its attention kernel; None where only the number of parameters is known."""
+        return self.architecture.attention if self.architecture else self.built_attention
 
     @property
     def config(self) -> dict[str, Any]:

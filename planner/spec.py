@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from planner.attention import HALF_ONLY, Attention, check_attention, check_kernel
 from planner.batching import Batching, check_batch, check_batching
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
-from planner.kernels import HALF_ONLY, Attention, check_attention, check_kernel
 from planner.liger import Kernels
 from planner.losses import NOT_COVERED, Loop, Loss, check_loss, check_step
 from planner.method_checks import check_method, check_qlora
@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "textbook"]
-
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,11 @@ from typing import Any, get_args
 from planner.catalog.cache import keep_text, kept_text
 from planner.catalog.config_file import shown
 from planner.errors import ModelError
-from planner.model import Kind, Model, Role, Task, WeightTensor
+from planner.model import AttentionShape, Kind, Model, Role, Task, WeightTensor
 
 __all__ = ["inventoried_model"]
 
-_FORMAT = 1  # of the kept files; raise it when the child's answer changes
+_FORMAT = 2  # of the kept files; raise it when the child's answer changes
 _MOST_ANSWER_BYTES = 64 << 20
 _PATIENCE_SECONDS = 120.0
 _DROPPED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHONSTARTUP")
@@ -80,6 +80,7 @@ def _model(answer: str, config: Mapping[str, Any], *, id: str, source: str) -> M
             tensors=tensors,
             max_positions=None if found["max_positions"] is None else int(found["max_positions"]),
             source=source,
+            built_attention=_attention(found["attention"]),
         )
         return model if model.parameters == found["parameters"] else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -96,6 +97,15 @@ def _tensor(entry: Mapping[str, Any]) -> WeightTensor:
         kind=entry["kind"],
         layers=tuple(int(layer) for layer in entry["layers"]),
         tied_to=None if entry["tied_to"] is None else str(entry["tied_to"]),
+    )
+
+
+def _attention(entry: Mapping[str, Any]) -> AttentionShape:
+    return AttentionShape(
+        fused=bool(entry["fused"]),
+        head_dims=tuple((int(queries), int(values)) for queries, values in entry["head_dims"]),
+        window=None if entry["window"] is None else int(entry["window"]),
+        dropout=float(entry["dropout"]),
     )
 
 

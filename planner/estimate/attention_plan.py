@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from planner.attention import FLASH_HEAD_LIMIT, cudnn_head_limit, flash_backward_fails
 from planner.batching import has_masks, row_shape, sample_lengths, takes_lengths, unpads
 from planner.estimate.forms import LayerForm
 from planner.estimate.traits import TRAITS
-from planner.kernels import FLASH_HEAD_LIMIT, cudnn_head_limit, flash_backward_fails
 from planner.model import Architecture
 from planner.spec import Setup
 
@@ -100,7 +100,8 @@ def attention_plan(
     bf16_refused = element == 2 and not training.precision.startswith("fp16") and capability < (8, 0)
     bf16_refused |= single  # no kernel takes fewer key heads unless it is told
     kernel: Kernel = "math" if bf16_refused or (grouped and not masked) else "efficient"
-    if half and not masked and d <= FLASH_HEAD_LIMIT and not flash_backward_fails(capability, shape):
+    trainable = not flash_backward_fails(capability, d, shape.attention_dropout)
+    if half and not masked and d <= FLASH_HEAD_LIMIT and trainable:
         kernel = "flash"
     if half and capability in _CUDNN_FIRST and d % 8 == 0 and d <= cudnn_head_limit(capability):
         kernel = "cudnn"

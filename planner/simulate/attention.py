@@ -99,7 +99,9 @@ class AttentionRules:
             and query.dim() == 4,
             "efficient": not (grouped or broadcast)
             and (query.dtype != torch.bfloat16 or capability >= (8, 0))
+            and query.shape[-1] == key.shape[-1]  # check_head_dim_size_mem_efficient
             and head % self._alignment(query.dtype) == 0
+            and value.shape[-1] % self._alignment(query.dtype) == 0
             and query.dim() == 4,
             "math": True,
         }

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from planner.attention import check_kernel
 from planner.batching import asks_masks
 from planner.catalog.gpus import Gpu, gpu as gpu_named
-from planner.kernels import check_kernel
 from planner.liger import LIGER_VERSION
 from planner.optimizers import FROM_BITSANDBYTES
 from planner.report import MemoryReport, Parameters, early_peak_note
@@ -30,6 +30,7 @@ from planner.training.runs import run_of
 from planner.version import __version__
 
 __all__ = ["Simulation", "provenance", "simulate"]
+
 
 def simulate(
     setup: Setup,

@@ -72,7 +72,8 @@ def _config(model: Model) -> Any:
     config: Any = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     config.use_cache = False  # as HF Trainer runs it: TrainingArguments.use_cache is False
     if model.task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id or 0  # T5's own config.json says 0
+        padding = getattr(config, "pad_token_id", None)  # models that hear have none
+        config.decoder_start_token_id = padding or 0  # T5's own config.json says 0
     return config
 
 

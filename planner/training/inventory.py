@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from planner.model import Kind, Role, Task
+from planner.training.built_attention import built_attention
 
 __all__ = ["class_for", "config_of", "inventory", "tensors_of"]
 
@@ -65,6 +66,7 @@ def inventory(config: dict[str, Any], task: Task | None = None) -> dict[str, Any
         "max_positions": positions if isinstance(positions, int) and positions > 0 else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tensors": tensors_of(model),
+        "attention": built_attention(model, text_config),
     }
 
 

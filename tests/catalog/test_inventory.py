@@ -15,7 +15,7 @@ import pytest
 from planner.catalog import inventory as parent, model, model_from_config
 from planner.catalog.inventory import inventoried_model
 from planner.errors import ModelError
-from planner.model import Model
+from planner.model import AttentionShape, Model
 from tests.hub_server import LLAMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,14 @@ MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 3, "voca
 
 TENSOR = {"name": "a.*.w", "shape": [3], "role": "norm", "kind": "norm", "layers": [0, 1], "tied_to": None}
 HEAD = {"name": "b", "shape": [3], "role": "head", "kind": "linear", "layers": [], "tied_to": "a.0.w"}
-ANSWER = {"task": "causal-lm", "max_positions": 8, "parameters": 6, "tensors": [TENSOR, HEAD]}
+ATTENTION = {"fused": True, "head_dims": [[6, 4]], "window": 7, "dropout": 0.5}
+ANSWER = {
+    "task": "causal-lm",
+    "max_positions": 8,
+    "parameters": 6,
+    "tensors": [TENSOR, HEAD],
+    "attention": ATTENTION,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +109,7 @@ def test_a_damaged_inventory_is_made_again(monkeypatch: pytest.MonkeyPatch, cach
     answers = ["never used", json.dumps(ANSWER), json.dumps(ANSWER)]
     monkeypatch.setattr(parent, "_answer", lambda *_: answers.pop())
     first = built(MAMBA)
+    assert first.attention == AttentionShape(fused=True, head_dims=((6, 4),), window=7, dropout=0.5)
     (kept,) = cache.rglob("*.json")
     kept.write_text(damage, encoding="utf-8")
     assert built(MAMBA) == first
@@ -119,7 +127,14 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize(
     "damage",
-    [{"task": "x"}, {"tensors": []}, {"parameters": 7}, {"tensors": [{**TENSOR, "kind": "x"}]}],
+    [
+        {"task": "x"},
+        {"tensors": []},
+        {"parameters": 7},
+        {"tensors": [{**TENSOR, "kind": "x"}]},
+        {"attention": None},
+        {"attention": {**ATTENTION, "head_dims": [["wide", 4]]}},
+    ],
 )
 def test_an_answer_is_checked(monkeypatch: pytest.MonkeyPatch, damage: dict[str, Any]) -> None:
     monkeypatch.setattr(parent, "_answer", lambda *_: json.dumps({**ANSWER, **damage}))

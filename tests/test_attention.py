@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from planner import kernels, spec
+from planner import attention as kernels, spec
 from planner.advise.changes import changes
 from planner.advise.limits import grid, largest_seq_len, verdicts
 from planner.catalog.gpus import gpus
@@ -104,7 +104,8 @@ def test_a_prefix_is_a_mask() -> None:
 
 def test_families_that_always_make_a_mask_are_those_of_the_formulas() -> None:
     always = {name for name, traits in TRAITS.items() if traits.always_masked}
-    assert always - {"t5"} == set(kernels._ALWAYS_MASKED)  # T5's biases are refused by themselves
+    named = {*kernels._ALWAYS_MASKED, *kernels._BIASED}
+    assert always == named & set(TRAITS)
 
 
 def test_cards_that_have_no_such_kernel_are_none_that_fit() -> None:
