@@ -6,7 +6,7 @@ import argparse
 import random
 import time
 
-from planner.simulate.allocator import AllocatorConfig, CachingAllocator
+from planner.allocator import AllocatorConfig, CachingAllocator
 from planner.units import KIB, MIB, gib
 
 # Sizes of a transformer's step: norms and masks, projections, attention and logits.

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Areas: the first folder or file below planner/. Formulas and data stand on the standard library.
 LIGHT = {
     "accuracy",
+    "allocator",
     "advise",
     "catalog",
     "compare",

@@ -114,9 +114,9 @@ def _setup(job: Mapping[str, Any]) -> Any:
 
 def _simulate(job: Mapping[str, Any], emit: Callable[..., None]) -> None:
     """The simulation of the setup with this process's libraries, on the device that is measured on."""
+    from planner.allocator import AllocatorConfig
     from planner.record import Device
     from planner.simulate import simulate
-    from planner.simulate.allocator import AllocatorConfig
 
     gpu = Device.from_dict(job["device"]).gpu if job.get("device") else None
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""

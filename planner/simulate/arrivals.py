@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from planner.allocator import AllocatorConfig, CachingAllocator
 from planner.report import LoadingBand, Phase
-from planner.simulate.allocator import AllocatorConfig, CachingAllocator
 from planner.units import MIB
 
 __all__ = ["LOADINGS", "Arrivals", "Loading", "band_note", "loading_band"]

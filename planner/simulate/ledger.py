@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from planner.allocator import CachingAllocator, OutOfDeviceMemory
 from planner.report import PARTS
-from planner.simulate.allocator import CachingAllocator, OutOfDeviceMemory
 
 __all__ = ["Ledger", "Moment", "TooManyEvents"]
 

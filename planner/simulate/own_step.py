@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from planner.allocator import AllocatorConfig
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.checks import whole
 from planner.errors import SetupError
 from planner.report import MemoryReport, Parameters
-from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.as_cuda import AsCuda
 from planner.simulate.simulation import Progress, Simulation
 from planner.simulate.state import State

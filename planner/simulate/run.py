@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from planner.allocator import AllocatorConfig
 from planner.attention import check_kernel
 from planner.batching import asks_masks
 from planner.catalog.gpus import Gpu, gpu as gpu_named
 from planner.liger import LIGER_VERSION
 from planner.optimizers import FROM_BITSANDBYTES
 from planner.report import MemoryReport, Parameters, early_peak_note
-from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.arrivals import band_note, loading_band
 from planner.simulate.place import rank_notes, simulated_place
 from planner.simulate.simulation import Progress, Simulation

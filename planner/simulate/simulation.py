@@ -12,11 +12,11 @@ from unittest import mock
 import torch
 from torch import nn
 
+from planner.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.catalog.gpus import Gpu
 from planner.errors import PlannerError, TraceError
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, OutOfMemory, Parameters, Parts, PeakSite, Phase
-from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.simulate.attention import AttentionRules
 from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers

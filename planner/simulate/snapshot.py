@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from planner.allocator import CachingAllocator, OutOfDeviceMemory, Segment
 from planner.errors import PlannerError
-from planner.simulate.allocator import CachingAllocator, OutOfDeviceMemory, Segment
 from planner.simulate.simulation import Simulation
 
 __all__ = ["Recording"]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from planner.advise.fits import verdict
+from planner.allocator import AllocatorConfig
 from planner.catalog.gpus import gpu
 from planner.report import LoadingBand, MemoryReport, Phase
-from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.arrivals import LOADINGS, Arrivals, Loading, loading_band
 from planner.simulate.run import simulate
 from planner.spec import QLoRA, Setup, Training

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from planner.allocator import AllocatorConfig
 from planner.estimate.quantized import is_quantized, tensor_sizes
 from planner.report import LoadingBand, Phase
-from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.arrivals import LOADINGS, Arrivals, Loading
 from planner.simulate.simulation import Simulation
 from planner.spec import QLoRA, Setup, Training

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from planner.allocator import AllocatorConfig
 from planner.errors import PlannerError
 from planner.report import MemoryReport
-from planner.simulate.allocator import AllocatorConfig
 from planner.simulate.run import simulate
 from planner.simulate.snapshot import Recording
 from planner.spec import LoRA

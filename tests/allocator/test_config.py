@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from planner.allocator import AllocatorConfig
 from planner.errors import SetupError
-from planner.simulate.allocator import AllocatorConfig
 from planner.units import MIB
 
 

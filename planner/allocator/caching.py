@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from planner.errors import PlannerError, SetupError
-from planner.simulate.allocator_config import MIN_LARGE_BYTES, POWER2_INTERVALS, AllocatorConfig
-from planner.simulate.blocks import (
+from planner.allocator.blocks import (
     ADDRESS_BITS,
     AddressSpace,
     Block,
@@ -20,10 +18,12 @@ from planner.simulate.blocks import (
     SegmentBlock,
     segments_of,
 )
-from planner.simulate.expandable import expand, unmap_free
+from planner.allocator.config import MIN_LARGE_BYTES, POWER2_INTERVALS, AllocatorConfig
+from planner.allocator.expandable import expand, unmap_free
+from planner.errors import PlannerError, SetupError
 from planner.units import MIB, gib
 
-__all__ = ["AllocatorConfig", "CachingAllocator", "OutOfDeviceMemory", "Segment", "SegmentBlock"]
+__all__ = ["CachingAllocator", "OutOfDeviceMemory", "Segment", "SegmentBlock"]
 
 MIN_BLOCK_BYTES = 512  # kMinBlockSize
 SMALL_BYTES = 1 * MIB  # kSmallSize: the largest request of the small pool

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
+from planner.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.units import KIB, MIB
 
 SIZES = st.one_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 
-from planner.simulate.blocks import AddressSpace, Block, ExpandableRange, Pool
+from planner.allocator.blocks import AddressSpace, Block, ExpandableRange, Pool
 
 __all__ = ["expand", "unmap_free"]
 

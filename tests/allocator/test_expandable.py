@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
+from planner.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.units import MIB
 
 EXPANDABLE = AllocatorConfig(expandable_segments=True)

@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 
+from planner.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.errors import PlannerError, SetupError
-from planner.simulate.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.units import GIB, KIB, MIB
 
 
