@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 
 import streamlit as st
@@ -223,7 +224,7 @@ def _all(runs: Sequence[Run], whose: str) -> None:
     with st.container(horizontal=True):
         st.download_button(
             "CSV",
-            runs_csv(runs),
+            partial(runs_csv, runs),
             file_name=f"vram-planner-{whose}-runs.csv",
             mime="text/csv",
             icon=":material/download:",
@@ -232,7 +233,7 @@ def _all(runs: Sequence[Run], whose: str) -> None:
         )
         st.download_button(
             "JSON",
-            runs_json(runs),
+            partial(runs_json, runs),
             file_name=f"vram-planner-{whose}-runs.json",
             mime="application/json",
             icon=":material/download:",

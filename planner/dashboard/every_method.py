@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from functools import partial
 from html import escape
 
 import streamlit as st
@@ -57,7 +58,7 @@ def _section(setup: Setup, polls: bool) -> None:
         _control(setup, table)
         st.download_button(
             "CSV",
-            table_csv(table),
+            partial(table_csv, table),
             file_name="vram-methods.csv",
             mime="text/csv",
             icon=":material/download:",

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -90,13 +91,13 @@ def section(shown: Answer) -> None:
     st.html(figures.legend(rows, shown.verdict if same_card else None))
     st.html(compared_table(found))
     with st.container(horizontal=True):
-        for name, text, kind in (
-            ("CSV", compared_csv(found), "text/csv"),
-            ("JSON", tables.reports_json(rows), "application/json"),
+        for name, made, kind in (
+            ("CSV", partial(compared_csv, found), "text/csv"),
+            ("JSON", partial(tables.reports_json, rows), "application/json"),
         ):
             st.download_button(
                 name,
-                text,
+                made,
                 file_name=f"vram-compare.{name.lower()}",
                 mime=kind,
                 icon=":material/download:",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import streamlit as st
 
 from planner.advise import largest_micro_batch
@@ -151,7 +153,7 @@ def _table(shown: Answer) -> None:
     with st.container(horizontal=True):
         st.download_button(
             "CSV",
-            tables.parts_csv(shown.rows),
+            partial(tables.parts_csv, shown.rows),
             file_name="vram-plan.csv",
             mime="text/csv",
             icon=":material/download:",
@@ -160,7 +162,7 @@ def _table(shown: Answer) -> None:
         )
         st.download_button(
             "JSON",
-            tables.reports_json(shown.rows),
+            partial(tables.reports_json, shown.rows),
             file_name="vram-plan.json",
             mime="application/json",
             icon=":material/download:",

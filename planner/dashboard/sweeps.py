@@ -191,7 +191,7 @@ def _table(shown: pd.DataFrame) -> None:
     st.dataframe(pd.DataFrame(columns), hide_index=True, height=380, key="_sweep_table")
     st.download_button(
         "These rows as CSV",
-        shown.drop(columns=_VERDICT).to_csv(index=False),
+        lambda: shown.drop(columns=_VERDICT).to_csv(index=False),
         file_name="vram-planner-sweep.csv",
         mime="text/csv",
         icon=":material/download:",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.estimate.optimizers import bare_memory, optimizer_memory
 from planner.estimate.parameters import TrainedTensor, parameters, trained_tensors
-from planner.estimate.quantized import load_beside_bytes, tensor_sizes
+from planner.estimate.quantized_load import quantized_load
 from planner.estimate.recipes import recipe_of
 from planner.estimate.rounding import block_bytes, packed_bytes
 from planner.report import Parameters
@@ -50,23 +50,22 @@ def resident(setup: Setup) -> Resident:
 
 
 def _resident(setup: Setup) -> Resident:
-    recipe = recipe_of(setup)
+    training, recipe = setup.training, recipe_of(setup)
     trained = trained_tensors(setup)
-    beside = 0
     if isinstance(setup.method, QLoRA):
-        beside = load_beside_bytes(setup.model, setup.method)
-        kept = tensor_sizes(setup.model, setup.method)
-        weights = [(size, layers) for sizes, layers in kept for size in sizes]
+        load = quantized_load(setup.model, setup.method, training.precision)
+        base, beside, rests = load.allocated_bytes, load.beside_bytes, load.rests_bytes
     else:
         weights = [(t.numel * recipe.weight_bytes(t), t.layers) for t in setup.model.tensors if not t.tied_to]
+        base, beside, rests = packed_bytes(_in_order(weights)), 0, ()
     gradients = _in_order([(t.numel * t.element_bytes, t.layers) for t in trained])
     optimizer = optimizer_memory(setup, trained, recipe.state)
     return Resident(
         parameters=parameters(setup),
         trained=trained,
-        base_weights_bytes=packed_bytes(_in_order(weights)),
+        base_weights_bytes=base,
         adapter_weights_bytes=packed_bytes(
-            _in_order([(t.numel * t.element_bytes, t.layers) for t in trained if t.added])
+            _in_order([(t.numel * t.element_bytes, t.layers) for t in trained if t.added]), rests
         ),
         gradients_bytes=packed_bytes(reversed(gradients)),
         optimizer_states_bytes=optimizer.states_bytes,

@@ -28,14 +28,14 @@ def block_bytes(size_bytes: int) -> int:
     return size
 
 
-def packed_bytes(sizes: Iterable[int]) -> int:
+def packed_bytes(sizes: Iterable[int], rests_bytes: Iterable[int] = ()) -> int:
     """What tensors allocated one after the other count for, the unsplit rests of their segments included.
 
     Requests of 1 to 10 MiB share segments of 20 MiB; each goes to the smallest free rest that holds it
-    (best fit), and a rest of up to 1 MiB stays with it.
+    (best fit), and a rest of up to 1 MiB stays with it. `rests_bytes` are free before the first, ascending.
     """
     total = 0
-    rests: list[int] = []  # free rests of segments, ascending
+    rests = list(rests_bytes)
     for size_bytes in sizes:
         size = -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
         if size > _UNSPLIT_BYTES:

@@ -31,7 +31,7 @@ def printed(module: str, *words: str) -> dict[str, Any]:
     )
     assert done.stdout, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == 0, found
+    assert done.returncode == 0, f"{found.get('errors')} in {found}"
     return found
 
 

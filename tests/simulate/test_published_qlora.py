@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from planner.allocator import AllocatorConfig
-from planner.estimate.quantized import is_quantized, tensor_sizes
+from planner.estimate.quantized import kept_sizes, quantized_tensors
 from planner.report import LoadingBand, Phase
 from planner.simulate.arrivals import LOADINGS, Arrivals, Loading
 from planner.simulate.simulation import Simulation
@@ -126,15 +126,11 @@ def _assert_inside(band: LoadingBand | None, measured: dict[str, Any]) -> None:
 def test_the_weights_bytes_are_exact(run: dict[str, Any]) -> None:
     setup = setup_of(run)
     assert isinstance(setup.method, QLoRA)
-    weights = [t for t in setup.model.tensors if not t.tied_to]
-    packed = scales = rest = 0
-    for tensor, (sizes, layers) in zip(weights, tensor_sizes(setup.model, setup.method), strict=True):
-        count = len(layers) or 1
-        if is_quantized(setup.model, tensor):
-            packed += sizes[0] * count
-            scales += sum(sizes[1:]) * count
-        else:
-            rest += sum(sizes) * count
+    held = quantized_tensors(setup.model)
+    kept = [(kept_sizes(tensor, setup.method.quantization), tensor.count) for tensor in held]
+    packed = sum(sizes[0] * count for sizes, count in kept)
+    scales = sum(sum(sizes[1:]) * count for sizes, count in kept)
+    rest = 4 * (setup.model.parameters - sum(tensor.parameters for tensor in held))
     measured = run["measured_mib"]
     assert packed / MIB == measured["nf4_packed"]
     assert scales / MIB == measured["quant_scales"]

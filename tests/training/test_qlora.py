@@ -11,7 +11,7 @@ import torch
 
 from planner.errors import SetupError
 from planner.estimate import estimate
-from planner.estimate.quantized import tensor_sizes
+from planner.estimate.quantized import kept_sizes, quantized_tensors
 from planner.simulate.run import simulate
 from planner.simulate.simulation import Simulation
 from planner.spec import LoRA, QLoRA, Setup, Training
@@ -134,8 +134,10 @@ def test_the_formulas_count_every_byte_that_is_kept(config: dict[str, Any], quan
     run = TrainingRun(setup, torch.device("meta"), lambda _name, _step: nullcontext())
     run._load()
     assert isinstance(setup.method, QLoRA)
-    kept = tensor_sizes(setup.model, setup.method)
-    assert sum(sum(sizes) * (len(layers) or 1) for sizes, layers in kept) == kept_bytes(run.net)
+    packed = quantized_tensors(setup.model)
+    kept = sum(sum(kept_sizes(t, setup.method.quantization)) * t.count for t in packed)
+    rest = setup.model.parameters - sum(t.parameters for t in packed)
+    assert kept + 4 * rest == kept_bytes(run.net)
     assert sum(quantize.parameter_count(p) for p in run.net.parameters()) == setup.model.parameters
 
 
