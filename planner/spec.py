@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from planner.attention import HALF_ONLY, Attention, check_attention, check_kernel
 from planner.batching import Batching, check_batch, check_batching
 from planner.catalog.gpus import Gpu, gpu as gpu_named
+from planner.checkpointing import check_checkpointing, checkpoints_some
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
 from planner.liger import Kernels
@@ -62,9 +63,11 @@ class Training:
     and gradients with fp32 states (2 + 2 + 8 bytes a parameter). `optimizer` `adamw` is
     torch.optim.AdamW's own default on CUDA (foreach), `adamw-single` its loop over single tensors; `-8bit`
     and `-32bit` are bitsandbytes', `adafactor` transformers' (fixed learning rate), all as in HF Trainer.
-    `attention` `sdpa` is torch's choice. `zero_grad` `zero` is zero_grad(set_to_none=False): gradients stay.
-    `loop` `plain` holds the logits to the end of the step, HF's `trainer` does not; `loss` `chunked` has few,
-    `liger` is liger_kernel's fused loss, `kernels` `liger` its norms, gated activations, rotary positions.
+    `activation_checkpointing` makes every `checkpoint_every`-th layer again from its input, which waits on
+    the host under `checkpoint_offload`. `attention` `sdpa` is torch's choice. `zero_grad` `zero` is
+    zero_grad(set_to_none=False): gradients stay. `loop` `plain` holds the logits to the end of the step, HF's
+    `trainer` does not; `loss` `chunked` has few, `liger` is liger_kernel's fused loss, `kernels` `liger` its
+    norms, gated activations, rotary positions.
     `batching`: samples all of `seq_len` tokens, `padded` to it with a mask, or `packed` into a row [1, b s].
     """
 
@@ -74,6 +77,8 @@ class Training:
     precision: Precision = "bf16"
     optimizer: Optimizer = "adamw"
     activation_checkpointing: bool = False
+    checkpoint_every: int = 1
+    checkpoint_offload: bool = False
     attention: Attention = "sdpa"
     clip_grad_norm: float | None = None
     zero_grad: ZeroGrad = "none"
@@ -92,10 +97,7 @@ class Training:
         choice("zero_grad", self.zero_grad, get_args(ZeroGrad))
         check_step(self)
         check_batch(self)
-        if not isinstance(self.activation_checkpointing, bool):
-            raise SetupError(
-                f"activation_checkpointing must be true or false, got {self.activation_checkpointing!r}."
-            )
+        check_checkpointing(self)
         if self.clip_grad_norm is not None:
             number("clip_grad_norm", self.clip_grad_norm, low=0.0, low_allowed=False)
         check_optimizer(self)
@@ -142,7 +144,13 @@ class Setup:
         object.__setattr__(self, "sharding", sharding or Sharding())
         check_method(self.model, self.method)
         _check_training(self.model, self.method, self.training)
-        check_loss(self.training, self.model, self.method, shared=self.sharding.is_distributed)
+        shared = self.sharding.is_distributed
+        if shared and checkpoints_some(self.training):
+            raise SetupError(
+                "checkpoint_every and checkpoint_offload are covered on one GPU only; leave them out, or "
+                "leave --num-gpus out."
+            )
+        check_loss(self.training, self.model, self.method, shared=shared)
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
             check_qlora(self.model, self.method, self.training)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -40,6 +40,7 @@ SIMULATIONS = ROOT / "planner/measure/published/simulations.json"
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCHING = re.compile(r"(<!-- batching -->\n).*?(<!-- end -->)", re.DOTALL)
 KERNELS = re.compile(r"(<!-- kernels -->\n).*?(<!-- end -->)", re.DOTALL)
+CHECKPOINTS = re.compile(r"(<!-- checkpoints -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDED = re.compile(r"(<!-- recorded -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -254,6 +255,7 @@ def rewritten(text: str) -> str:
     text = OPTIMIZERS.sub(lambda found: found[1] + optimizer_table() + found[2], text)
     text = BATCHING.sub(lambda found: found[1] + batching_table() + found[2], text)
     text = KERNELS.sub(lambda found: found[1] + kernels_table() + found[2], text)
+    text = CHECKPOINTS.sub(lambda found: found[1] + checkpoints_table() + found[2], text)
     text = PEFT_RUNS.sub(lambda found: found[1] + peft_runs_table() + found[2], text)
     text = PHASES.sub(lambda found: found[1] + phases_table() + found[2], text)
     return BLOCK.sub(fresh, text)
@@ -362,6 +364,34 @@ def batching_table() -> str:
         ]
         rows.append(f"| `{batching}` | `{attention}` | {' | '.join(peaks)} |")
     return "\n".join(rows) + "\n"
+
+
+def checkpoints_table() -> str:
+    """Peaks by formula with every layer checkpointed, some, or none, and with the inputs on the host."""
+    from planner import LoRA, Setup, Training, estimate
+    from planner.units import gib
+
+    choices: dict[str, dict[str, Any]] = {
+        "none": {"activation_checkpointing": False},
+        "every layer": {},
+        "every layer, inputs on the host": {"checkpoint_offload": True},
+        "every 2nd layer": {"checkpoint_every": 2},
+        "every 4th layer": {"checkpoint_every": 4},
+    }
+    rows = ["| checkpoints | peak | on the host |", "| --- | --- | --- |"]
+    for words, chosen in choices.items():
+        values = {"activation_checkpointing": True, "micro_batch_size": 4, "seq_len": 8192, "loss": "liger"}
+        setup = Setup(
+            model="meta-llama/Llama-3.1-8B", method=LoRA(), training=Training(**{**values, **chosen})
+        )
+        report = estimate(setup)
+        host = report.provenance.get("offloaded_bytes", 0)
+        rows.append(f"| {words} | {gib(report.peak_allocated_bytes)} | {gib(host) if host else 'nothing'} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_of_checkpoints_is_today_s() -> None:
+    assert f"<!-- checkpoints -->\n{checkpoints_table()}<!-- end -->" in written()
 
 
 def kernels_table() -> str:

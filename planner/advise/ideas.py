@@ -108,6 +108,21 @@ IDEAS = (
     ),
     Idea(
         price="time",
+        words="Checkpoint every layer (checkpoint_every 1)",
+        short="checkpoints of every layer",
+        cost="some time: the other layers are computed again too",
+        keys=moves.every_layer,
+    ),
+    Idea(
+        price="time",
+        words="Keep the checkpoints' inputs on the host (checkpoint_offload)",
+        short="checkpoints on the host",
+        cost="some time: a copy to the host and one back for each layer, which must have room for them",
+        keys=moves.offloaded,
+        at_once=False,
+    ),
+    Idea(
+        price="time",
         words="Make the logits of 1,024 tokens at a time (loss chunked)",
         short="chunked loss",
         cost="some time: the output layer is computed again in the backward pass",

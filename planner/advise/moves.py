@@ -19,6 +19,7 @@ __all__ = [
     "checkpointing",
     "chunked_loss",
     "eight_bits",
+    "every_layer",
     "four_bits",
     "fused",
     "fused_attention",
@@ -28,6 +29,7 @@ __all__ = [
     "liger_kernels",
     "lora",
     "no_gradients",
+    "offloaded",
     "one_adapter",
     "paged",
     "paged_alone",
@@ -82,6 +84,18 @@ def half_batch(setup: Setup) -> Mapping[str, Any] | None:
 def checkpointing(setup: Setup) -> Mapping[str, Any] | None:
     """Activation checkpointing."""
     return None if setup.training.activation_checkpointing else {"activation_checkpointing": True}
+
+
+def every_layer(setup: Setup) -> Mapping[str, Any] | None:
+    """A checkpoint of each layer instead of some."""
+    return {"checkpoint_every": 1} if setup.training.checkpoint_every > 1 else None
+
+
+def offloaded(setup: Setup) -> Mapping[str, Any] | None:
+    """Checkpoints' inputs on the host."""
+    training = setup.training
+    possible = training.activation_checkpointing and not setup.sharding.is_distributed
+    return {"checkpoint_offload": True} if possible and not training.checkpoint_offload else None
 
 
 def liger_kernels(setup: Setup) -> Mapping[str, Any] | None:

@@ -39,6 +39,8 @@ HELP: dict[str, str] = {
     "precision": "recipe of number formats for weights, gradients and optimizer states",
     "optimizer": "optimizer; adamw is torch's own default on CUDA, -8bit and -32bit are bitsandbytes'",
     "activation_checkpointing": "compute activations again in the backward pass instead of keeping them",
+    "checkpoint_every": "checkpoint only every so-many-th layer; the others keep their activations",
+    "checkpoint_offload": "let the checkpoints' inputs wait in the host's memory",
     "attention": "implementation of attention; sdpa is torch's own choice for the device",
     "clip_grad_norm": "clip gradients to this norm before each optimizer step (default: no clipping)",
     "zero_grad": "after a step gradients are given up (none), or set to zero and kept (zero)",

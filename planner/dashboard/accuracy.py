@@ -247,8 +247,15 @@ def _title(run: Run) -> str:
     setup = run.setup
     words = [str(setup.get("precision")), str(setup.get("attention")), str(setup.get("optimizer", "adamw"))]
     if setup.get("activation_checkpointing"):
-        words.append("checkpointing")
+        words.append("checkpointing" + _checkpoints(run))
     return f"{escape(run.title)}<br><small>{escape(', '.join(words))}</small>"
+
+
+def _checkpoints(run: Run) -> str:
+    """Which layers and where, unless it is every layer on the GPU."""
+    every = run.setup.get("checkpoint_every", 1)
+    some = f" of one layer in {every}" if every != 1 else ""
+    return some + (" on the host" if run.setup.get("checkpoint_offload") else "")
 
 
 def _size(run: Run, prediction: str) -> str:

@@ -181,20 +181,28 @@ _STEPS = {
 }
 
 
+def _kept(training: Training) -> tuple[str, str]:
+    """What waits for the backward pass, as a formula and in words."""
+    every = training.checkpoint_every
+    if not training.activation_checkpointing or every > 1:
+        whole = r"\sum_{\mathrm{layers}} \sum_{\mathrm{saved}\ T} e_T \, |T|,\qquad |T| \propto b \cdot s"
+        rest = f", of layers that are no multiple of {every}" if training.activation_checkpointing else ""
+        return whole, (
+            f"what each layer's operations keep for the backward pass{rest}, which depends on what is trained"
+        )
+    if training.checkpoint_offload:
+        return r"\text{one layer}", "one layer's whole set while it is computed again; its input comes back"
+    return (
+        r"l \cdot b \cdot s \cdot h \cdot e",
+        "each layer's input, and one layer's whole set while it is computed again",
+    )
+
+
 def _activations(setup: Setup, report: MemoryReport) -> tuple[str, str, str]:
     shape, training = setup.model.architecture, setup.training
     if shape is None:
         return r"?", "The architecture has no closed formula; a simulation of the step knows it.", "not known"
-    kept = (
-        "each layer's input, and one layer's whole set while it is computed again"
-        if training.activation_checkpointing
-        else "what each layer's operations keep for the backward pass, which depends on what is trained"
-    )
-    formula = (
-        r"l \cdot b \cdot s \cdot h \cdot e"
-        if training.activation_checkpointing
-        else (r"\sum_{\mathrm{layers}} \sum_{\mathrm{saved}\ T} e_T \, |T|,\qquad |T| \propto b \cdot s")
-    )
+    formula, kept = _kept(training)
     return (
         formula,
         f"b = {training.micro_batch_size}, s = {training.seq_len:,}, h = {shape.hidden_size:,}, "

@@ -81,6 +81,8 @@ FIELD_LABELS = {
     "precision": "Precision recipe",
     "optimizer": "Optimizer",
     "activation_checkpointing": "Activation checkpointing",
+    "checkpoint_every": "Checkpoint every so-many-th layer",
+    "checkpoint_offload": "Checkpoints on the host",
     "attention": "Attention",
     "clip_grad_norm": "Gradient clipping",
     "zero_grad": "Gradients after a step",
@@ -121,6 +123,10 @@ FIELD_HELP = {
     "of torch's.",
     "activation_checkpointing": "Keeps each layer's input and computes the layer again in the backward pass. "
     "Also called gradient checkpointing.",
+    "checkpoint_every": "With activation checkpointing: 2 checkpoints every other layer, and the rest keep "
+    "their activations, for more memory and less time.",
+    "checkpoint_offload": "With activation checkpointing: layers' inputs wait in pinned memory of the host, "
+    "at the price of two copies a layer.",
     "attention": "sdpa is torch's own choice; eager keeps the whole attention matrix.",
     "clip_grad_norm": "Largest gradient norm; empty for no clipping.",
     "zero_grad": "none gives gradients up, as torch does; zero keeps them through the next forward pass.",

@@ -43,7 +43,8 @@ def embedded(
             given = rows
         if table.width != shape.hidden_size:  # OPT-350m
             rows = ops.linear(rows, next(t for t in form.outer_linears if t.name == "project_in"))
-        x = rows if x is None else ops.op((x, rows), x.numel, x.element, aliases=True)
+        element = max(rows.element, x.element if x is not None else 0)
+        x = rows if x is None else ops.op((x, rows), x.numel, element, aliases=True)
     assert x is not None  # every model has a token embedding
     assert tokens is not None
     assert given is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.checkpointing import offloaded_note
 from planner.estimate.alive import Alive
 from planner.estimate.experts import router_note
 from planner.estimate.forms import model_form
@@ -53,6 +54,7 @@ def _of_steps(setup: Setup) -> MemoryReport:
         kept = replace(kept, step_temporaries_bytes=step_bytes)
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
+    offloaded = layers.offloaded_bytes if layers else 0
     workspace = _workspaces(setup, known=known)
     first = _moments(kept, layers, workspace, begins=True)
     worst = _moments(kept, layers, workspace)
@@ -83,11 +85,12 @@ def _of_steps(setup: Setup) -> MemoryReport:
         phases=phases(setup, kept, layers, (first, steady), workspace),
         peak_phase=peak.phase,
         not_known=_not_known(setup),
-        notes=_notes(setup, kept.paged_bytes),
+        notes=_notes(setup, kept.paged_bytes, offloaded),
         provenance={
             "planner": __version__,
             "model": setup.model.source,
             **({"paged_bytes": kept.paged_bytes} if kept.paged_bytes else {}),
+            **({"offloaded_bytes": offloaded} if offloaded else {}),
         },
     )
 
@@ -233,9 +236,10 @@ def _not_known(setup: Setup) -> tuple[str, ...]:
     return () if has_formulas(setup) else _UNKNOWN
 
 
-def _notes(setup: Setup, paged_bytes: int) -> tuple[str, ...]:
+def _notes(setup: Setup, paged_bytes: int, offloaded_bytes: int) -> tuple[str, ...]:
     paged = (paged_note(paged_bytes),) if paged_bytes else ()
-    return (*_not_known_notes(setup), *_router_notes(setup), *paged)
+    offloaded = (offloaded_note(offloaded_bytes),) if offloaded_bytes else ()
+    return (*_not_known_notes(setup), *_router_notes(setup), *paged, *offloaded)
 
 
 def _router_notes(setup: Setup) -> tuple[str, ...]:

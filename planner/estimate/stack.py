@@ -8,9 +8,10 @@ from functools import partial
 
 from planner.batching import has_masks, row_shape, takes_lengths, unpads
 from planner.catalog.gpus import multiprocessors
+from planner.checkpointing import checkpoints_some
 from planner.estimate.attention_plan import attention_plan
 from planner.estimate.blocks import embedded, layer, prefix_of
-from planner.estimate.forms import LayerForm, model_form
+from planner.estimate.forms import LayerForm, ModelForm, model_form
 from planner.estimate.fused_loss import fused_loss_memory
 from planner.estimate.liger_operations import LigerOperations
 from planner.estimate.loss import chunked_loss_memory, hidden_for_head, loss_memory
@@ -21,7 +22,7 @@ from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import block_bytes
 from planner.estimate.seq2seq import seq2seq_stack
 from planner.estimate.stretches import Stack, Stretch, stretch_of
-from planner.estimate.tape import Tensor
+from planner.estimate.tape import Moment, Tensor
 from planner.estimate.traits import TRAITS
 from planner.liger import fuses_experts, replaced
 from planner.losses import LOSS_CHUNK_TOKENS
@@ -41,8 +42,12 @@ def has_formulas(setup: Setup) -> bool:
         and not isinstance(setup.method, PeftOfSize)
         and (not isinstance(setup.method, PeftConfig) or _has_form(setup, setup.method))
         and not fuses_experts(setup.training.kernels, setup.model)
-        and not (shape.encoder_layers and (_changes_tables(setup) or _pads_biases(setup.training)))
+        and not (shape.encoder_layers and _unknown_seq2seq(setup))
     )
+
+
+def _unknown_seq2seq(setup: Setup) -> bool:
+    return _changes_tables(setup) or _pads_biases(setup.training) or checkpoints_some(setup.training)
 
 
 def _pads_biases(training: Training) -> bool:
@@ -104,25 +109,34 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
     if ops.prefix:
         prefix_of(ops, shape)
     rows, given, x = embedded(ops, form, shape, inputs_need_grad=hooked, prompts=prompts)
-    leaf_is_input, embeddings = rows is x, x
+    leaf_is_input, embeddings = rows is x and not training.checkpoint_offload, x
     # `inputs_embeds` in the model's forward: the tokens' own, or what is made of them at once
     named = shape.embedding_scale or TRAITS[shape.family].masked_head
     variable, kept = (x if named else given), given in ops.keepers()
     stretches = [stretch_of(ops, None, x, accumulates=accumulates)]
-    walked: dict[tuple[int, bool, int], tuple[Tensor, Stretch]] = {}
+    walked: dict[tuple[int, bool, int, bool], tuple[Tensor, Stretch]] = {}
+    every = training.checkpoint_every
+    number = 0
     for layer_form, count in form.runs:
         left = count
         while left:
-            key = (id(layer_form), x.needs_grad, x.element)
+            checkpointed = training.activation_checkpointing and number % every == 0
+            key = (id(layer_form), x.needs_grad, x.element, checkpointed)
             if key not in walked:
-                walked[key] = _layer(setup, shape, layer_form, x, accumulates=accumulates)
+                walked[key] = _layer(
+                    setup, shape, layer_form, x, accumulates=accumulates, checkpointed=checkpointed
+                )
             out, stretch = walked[key]
             # the first trained layer differs from those after it
             alike = left if (out.needs_grad, out.element) == (x.needs_grad, x.element) else 1
+            if every > 1:  # up to the next checkpoint
+                alike = min(alike, 1 if checkpointed else every - number % every)
+            number += alike
             stretches.append(stretch if alike == 1 else replace(stretch, count=alike))
             left -= alike
             x = out
-    kept = stretches[1].input_bytes > 0 if variable is embeddings else kept
+    if variable is embeddings:
+        kept = stretches[1].input_bytes > 0 and not stretches[1].offloaded_bytes
     ops, start = _operations(setup, shape), _input(x)
     hidden = hidden_for_head(ops, start, form, shape)
     head, memory = _operations(setup, shape), loss_memory
@@ -139,7 +153,7 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
         loss=loss,
         inputs_bytes=inputs_bytes,
         tables_bytes=_tables_bytes(shape, row_shape(training)[1], recipe_of(setup).base),
-        masks_kept=training.activation_checkpointing or _shares_mask(setup, shape, form.runs[0][0]),
+        masks_kept=_keeps_masks(setup, shape, form),
         masks_bytes=_masks_bytes(shape, training, recipe_of(setup).base, ops.prefix),
         hidden_bytes=0 if loss.input_kept else hidden.size_bytes,
         embedded_bytes=0 if kept or (variable is rows and hooked) else variable.size_bytes,
@@ -227,13 +241,24 @@ def _masks_bytes(shape: Architecture, training: Training, element: int, prefix: 
     return 0
 
 
-def _shares_mask(setup: Setup, shape: Architecture, form: LayerForm) -> bool:
-    recipe = recipe_of(setup)
-    return shares_mask(attention_plan(shape, form, setup, recipe.compute), recipe.base, recipe.compute)
+def _keeps_masks(setup: Setup, shape: Architecture, form: ModelForm) -> bool:
+    """Whether masks wait for the backward pass: with checkpoints, or where a kernel keeps the very tensor."""
+    training, recipe = setup.training, recipe_of(setup)
+    if training.activation_checkpointing and not _copies_masks(setup, shape):
+        return True
+    if training.activation_checkpointing and training.checkpoint_every == 1:
+        return False
+    plan = attention_plan(shape, form.runs[0][0], setup, recipe.compute)
+    return shares_mask(plan, recipe.base, recipe.compute)
+
+
+def _copies_masks(setup: Setup, shape: Architecture) -> bool:
+    """Whether each checkpoint has a copy of the mask on the host, beside its layer's input."""
+    return setup.training.checkpoint_offload and TRAITS[shape.family].mask_by_place
 
 
 def _layer(
-    setup: Setup, shape: Architecture, form: LayerForm, x: Tensor, *, accumulates: bool
+    setup: Setup, shape: Architecture, form: LayerForm, x: Tensor, *, accumulates: bool, checkpointed: bool
 ) -> tuple[Tensor, Stretch]:
     """One layer and its output."""
     ops, start = _operations(setup, shape), _input(x)
@@ -244,8 +269,19 @@ def _layer(
         out,
         repeats=shape.num_layers,
         accumulates=accumulates,
-        checkpointed=setup.training.activation_checkpointing,
+        checkpointed=checkpointed,
+        offloaded=checkpointed and setup.training.checkpoint_offload,
     )
+    if stretch.offloaded_bytes and stretch.backward is not None and _copies_masks(setup, shape):
+        mask_bytes = _masks_bytes(shape, setup.training, recipe_of(setup).base, ops.prefix)
+        moment = stretch.backward
+        stretch = replace(
+            stretch,
+            backward=Moment(
+                moment.kept_bytes + mask_bytes, moment.temporaries_bytes, moment.gradients_bytes
+            ),
+            offloaded_bytes=stretch.offloaded_bytes + mask_bytes,
+        )
     return out, stretch
 
 

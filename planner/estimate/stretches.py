@@ -24,7 +24,7 @@ class Stretch:
     long as it runs forward. `copied_bytes` are held through the forward pass and then go: copies of weights
     under autocast, which a checkpoint drops, and variables of the model's `forward`. `pinned_bytes` stay to
     the end of the step, `stray_bytes` of the gradients as long as the graph. `beside_bytes` are variables of
-    the loop over layers while it is here in the forward pass.
+    the loop over layers while it is here in the forward pass. `offloaded_bytes`: its input, on the host.
     """
 
     count: int
@@ -38,6 +38,7 @@ class Stretch:
     pinned_bytes: int = 0
     stray_bytes: int = 0
     beside_bytes: int = 0
+    offloaded_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,11 @@ class Stack:
         return sum([stretch.stray_bytes * stretch.count for stretch in self.stretches])
 
     @property
+    def offloaded_bytes(self) -> int:
+        """Layers' inputs on the host."""
+        return sum([stretch.offloaded_bytes * stretch.count for stretch in self.stretches])
+
+    @property
     def leaf_kept_bytes(self) -> int:
         """The token embeddings' output, where no layer keeps it as its input."""
         return 0 if self.leaf_is_input else self.leaf_bytes
@@ -108,14 +114,15 @@ def stretch_of(
     accumulates: bool,
     repeats: int = 1,
     checkpointed: bool = False,
+    offloaded: bool = False,
     keeps_output: bool = False,
     lent: Collection[Tensor] = (),
     carried: Collection[Tensor] = (),
 ) -> Stretch:
     """What the tape comes to, `repeats` times in the model.
 
-    `checkpointed`: only the input is kept, the rest is made again. `lent` are tensors that other stretches
-    count; `carried` those whose gradients wait for this stretch's.
+    `checkpointed`: only the input is kept, the rest is made again; `offloaded`: on the host. `lent` are
+    tensors that other stretches count; `carried` those whose gradients wait for this stretch's.
     """
     keepers = ops.keepers()
     keepers.pop(out.owner, None)  # the next stretch counts its input
@@ -139,7 +146,7 @@ def stretch_of(
     input_bytes = 0
     if start is not None and (checkpointed or start in keepers) and start not in pinned:
         input_bytes = start.size_bytes
-    kept = input_bytes + (out.size_bytes if keeps_output else 0)
+    kept = (0 if offloaded else input_bytes) + (out.size_bytes if keeps_output else 0)
     moment, asking = ops.backward_moment(
         keepers, start, out, accumulates=accumulates, lent=lent, carried=carried
     )
@@ -161,6 +168,7 @@ def stretch_of(
         copied_bytes=ops.copied_bytes if checkpointed or ops.prefix else 0,
         pinned_bytes=_kept_bytes([owner.size_bytes for owner in pinned], repeats),
         stray_bytes=ops.stray_bytes,
+        offloaded_bytes=start.numel * start.element if offloaded and start is not None else 0,
     )
 
 

@@ -39,6 +39,7 @@ class Traits:
     loss_in_own_type: bool = False  # CrossEntropyLoss on the logits as they are, no fp32 copy
     clamped_gate: bool = False  # experts' gate and up are every other column, clamped, and up has 1 added
     shares_of_chosen: bool = False  # the router takes the softmax of the chosen experts' scores alone
+    mask_by_place: bool = False  # a layer's mask is a positional argument, which its checkpoint keeps itself
     returns_cache: bool = True  # the output holds a cache that was given, though `use_cache` is off
 
 
@@ -56,6 +57,7 @@ _BERT = Traits(
     normed_embeddings=True,
     masked_head=True,
     loss_in_own_type=True,
+    mask_by_place=True,
 )
 _GEMMA = Traits(rms_weight_in_fp32=True, returns_cache=False)
 
@@ -68,13 +70,14 @@ TRAITS: dict[str, Traits] = {
         normed_embeddings=True,
         masked_head=True,
         loss_in_own_type=True,
+        mask_by_place=True,
         dropout_after_attention=False,
     ),
     "falcon": _FALCON,
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gpt2": Traits(softmax_in_own_type=True, returns_cache=False),
+    "gpt2": Traits(softmax_in_own_type=True, mask_by_place=True, returns_cache=False),
     "gpt_neox": Traits(rotary_cats=True),
     "gpt_oss": Traits(
         rms_weight_in_fp32=True,

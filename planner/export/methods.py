@@ -87,6 +87,8 @@ def attached(model, settings):
         use_gradient_checkpointing=settings["activation_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
+    if settings["activation_checkpointing"]:
+        checkpointed(model, settings)
 {lora_config}    return peft.get_peft_model(prepared, config)
 '''.replace("{lora_config}", _LORA_CONFIG)
 

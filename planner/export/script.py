@@ -65,7 +65,7 @@ def main():
     name = given.model or settings["model"]
     model = loaded(name, settings){to_device}
 {changed_loss}    if settings["activation_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})
+        checkpointed(model, settings)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     model = attached(model, settings)
 {kernels}    model.train()
@@ -96,6 +96,13 @@ def arguments():
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
     parser.add_argument("--out", type=Path, help="folder for what was trained (default: nothing is saved)")
     return parser.parse_args()
+
+
+def checkpointed(model, settings):
+    """Layers that are computed again in the backward pass; their inputs may wait on the host."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    kwargs = {{"every_n_layers": settings["checkpoint_every"], "offload": settings["checkpoint_offload"]}}
+    enable({{"use_reentrant": False}}, **kwargs)
 
 
 def loaded(name, settings):

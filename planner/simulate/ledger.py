@@ -64,6 +64,7 @@ class Ledger:
         self.peak_in_phase = False  # of equal peaks the latest phase's first counts, as a probe sees it
         self.totals = dict.fromkeys(PARTS, 0)
         self.paged_bytes = 0  # of bitsandbytes' paged optimizers: managed memory, not the allocator's
+        self.offloaded_bytes = self._on_host_bytes = 0  # most at once, and now, of what waits on the host
         self.events: list[int] = []
         self.trail: list[tuple[Any, ...]] | None = None  # see planner.simulate.events
         self._live: dict[int, _Entry] = {}
@@ -97,6 +98,11 @@ class Ledger:
     def count_paged(self, size_bytes: int) -> None:
         """Note managed memory, which torch's allocator does not know."""
         self.paged_bytes += size_bytes
+
+    def count_on_host(self, size_bytes: int) -> None:
+        """Note what autograd brings to the host's memory, and what goes from there (negative)."""
+        self._on_host_bytes += size_bytes
+        self.offloaded_bytes = max(self.offloaded_bytes, self._on_host_bytes)
 
     def was_at_peak(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage was there when allocated memory was highest."""

@@ -14,12 +14,14 @@ from torch import nn
 
 from planner.allocator import AllocatorConfig, CachingAllocator, OutOfDeviceMemory
 from planner.catalog.gpus import Gpu
+from planner.checkpointing import offloaded_note
 from planner.errors import PlannerError, TraceError
 from planner.optimizers import paged_note
 from planner.report import MemoryReport, OutOfMemory, Parameters, Parts, PeakSite, Phase
 from planner.simulate.attention import AttentionRules
 from planner.simulate.autocast import cuda_autocast_functions
 from planner.simulate.cuda_forms import cuda_forms, cuda_optimizers
+from planner.simulate.host_forms import host_forms
 from planner.simulate.kernels import Workspaces
 from planner.simulate.ledger import LARGEST_EVENT_COUNT, Ledger, TooManyEvents
 from planner.simulate.liger_forms import liger_forms
@@ -85,6 +87,7 @@ class Simulation:
                 stack.enter_context(cuda_autocast_functions())
                 stack.enter_context(quantized_forms())
                 stack.enter_context(paged_forms(self.ledger.count_paged))
+                stack.enter_context(host_forms(self.ledger.count_on_host))
                 stack.enter_context(peft_forms(self.tracer))
                 stack.enter_context(liger_forms(self.modules, self.gpu))
                 if self.has_masks:
@@ -212,7 +215,7 @@ class Simulation:
         self, setup: Mapping[str, Any], parameters: Parameters, provenance: Mapping[str, Any]
     ) -> MemoryReport:
         """What was seen, as the report that all verbs share."""
-        peak, paged = self.ledger.peak, self.ledger.paged_bytes
+        peak, paged, offloaded = self.ledger.peak, self.ledger.paged_bytes, self.ledger.offloaded_bytes
         if self.ledger.trail is not None:
             self.trail = tuple(self.ledger.trail)  # before the run's own tensors are given up
         return MemoryReport(
@@ -226,8 +229,15 @@ class Simulation:
             peak_site=self.peak_site(),
             out_of_memory=self.out_of_memory,
             timeline=self.timeline(),
-            notes=(paged_note(paged),) if paged else (),
-            provenance={**provenance, **({"paged_bytes": paged} if paged else {})},
+            notes=(
+                *((paged_note(paged),) if paged else ()),
+                *((offloaded_note(offloaded),) if offloaded else ()),
+            ),
+            provenance={
+                **provenance,
+                **({"paged_bytes": paged} if paged else {}),
+                **({"offloaded_bytes": offloaded} if offloaded else {}),
+            },
         )
 
     def _failure(self, error: OutOfDeviceMemory) -> OutOfMemory:

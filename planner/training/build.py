@@ -13,6 +13,7 @@ from torch import nn
 
 from planner.errors import ModelError
 from planner.model import Model
+from planner.spec import Training
 
 __all__ = ["brought", "checkpoints_layers", "initialized", "loaded", "skeleton"]
 
@@ -77,13 +78,17 @@ def _config(model: Model) -> Any:
     return config
 
 
-def checkpoints_layers(net: Any) -> None:
-    """Turn on activation checkpointing of every layer, non-reentrant.
+def checkpoints_layers(net: Any, training: Training) -> None:
+    """Turn on activation checkpointing of the layers that are asked for, non-reentrant.
 
     transformers 5.23, modeling_utils.py: the name of before, `gradient_checkpointing_enable`, warns.
     """
     enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable(
+        {"use_reentrant": False},
+        every_n_layers=training.checkpoint_every,
+        offload=training.checkpoint_offload,
+    )
 
 
 def loaded(net: nn.Module, device: torch.device) -> nn.Module:

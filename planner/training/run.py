@@ -93,7 +93,7 @@ class TrainingRun:
             self._load()
             self._vocabulary = self.net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
             if training.activation_checkpointing:
-                checkpoints_layers(self.net)
+                checkpoints_layers(self.net, training)
         with self.phases("attach", None):
             meta = self.device.type == "meta"
             self.net = attached(self.net, setup.model, setup.method, low_memory=meta, own_lora=self.own_lora)

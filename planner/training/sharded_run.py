@@ -58,7 +58,7 @@ class ShardedRun(TrainingRun):
         training = self.setup.training
         with self.phases("load", None):
             if training.activation_checkpointing:
-                checkpoints_layers(self.net)
+                checkpoints_layers(self.net, training)
             self.net.train()
             mesh = mesh_of(self.sharding, self.device.type)
             fsdp(self.net, self.sharding, training.precision, self.device, mesh)

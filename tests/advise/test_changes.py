@@ -123,6 +123,7 @@ def test_what_is_already_done_is_not_advised():
         training=Training(
             optimizer="adamw-fused",
             activation_checkpointing=True,
+            checkpoint_offload=True,
             seq_len=64,
             precision="bf16-mixed",
             loss="liger",

@@ -162,15 +162,16 @@ def test_every_field_survives_the_command_line(answer):
         "optimizer": "adamw-fused", "attention": "eager", "clip_grad_norm": 1.5, "lora_rank": 4,
         "lora_alpha": 12.0, "lora_dropout": 0.1, "lora_bias": "none", "target_modules": "all-linear",
         "zero_grad": "zero", "loop": "trainer", "loss": "chunked", "batching": "padded",
-        "kernels": "liger",
+        "kernels": "liger", "checkpoint_every": 2,
     }  # fmt: skip
-    assert set(typed) | {"activation_checkpointing"} == {
+    flags = {"activation_checkpointing": True, "checkpoint_offload": True}
+    assert set(typed) | set(flags) == {
         item.name for cls in (Training, METHODS["lora"]) for item in dataclasses.fields(cls)
     }
     words = [word for name, value in typed.items() for word in (flag(name), str(value))]
     model = ("--model", "meta-llama/Llama-3.2-1B", "--method", "lora")
-    setup = answer("estimate", *model, *words, "--activation-checkpointing")["setup"]
-    assert setup == {"model": model[1], "method": "lora", "activation_checkpointing": True, **typed}
+    setup = answer("estimate", *model, *words, *map(flag, flags))["setup"]
+    assert setup == {"model": model[1], "method": "lora", **flags, **typed}
     assert Setup.from_dict(setup).to_dict() == setup
 
 

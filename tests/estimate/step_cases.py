@@ -88,6 +88,25 @@ STEP_CASES: list[Case] = [
         for precision in ("bf16", "bf16-mixed")
     ],
     (GRANITE, LORA, {"micro_batch_size": 8, "seq_len": 512, "activation_checkpointing": True}),
+    # checkpoints of some layers, and their inputs on the host
+    *[
+        (model, method, {**TRAINER, "activation_checkpointing": True, **more})
+        for model, method, more in (
+            (LLAMA, LORA, {"checkpoint_offload": True, "seq_len": 2048}),
+            (LLAMA, FULL, {"checkpoint_offload": True, "loop": "plain"}),
+            (LLAMA, FULL, {"checkpoint_every": 2}),
+            (QWEN2, NF4, {"checkpoint_offload": True, "precision": "bf16-mixed"}),
+            (QWEN3, ALL_LINEAR, {"checkpoint_every": 3, "checkpoint_offload": True}),
+            (GEMMA, LORA, {"checkpoint_offload": True, "precision": "bf16-mixed", "loss": "chunked"}),
+            (NEOX, FULL, {"checkpoint_every": 2, "precision": "fp16-mixed"}),
+            (PHI, BITFIT, {"checkpoint_every": 2, "checkpoint_offload": True}),
+            (GPT2, LORA, {"checkpoint_offload": True, "attention": "eager", "precision": "bf16-mixed"}),
+            (BERT, ALL_LINEAR, {"checkpoint_offload": True, "batching": "padded"}),
+            (QWEN3_MOE, LORA, {"checkpoint_offload": True, "checkpoint_every": 2}),
+            (OLMO2, Adapter(), {"checkpoint_offload": True, "gradient_accumulation_steps": 2}),
+        )
+    ],
+    ("facebook/opt-350m", LORA, {**CHUNKED, "precision": "bf16-mixed", "activation_checkpointing": True}),
     # gradients of a product of two types, in the wider one; what a module is given, while its hook runs
     (PHI, LORA, {**CHUNKED, "precision": "fp16-mixed", "activation_checkpointing": True}),
     *[(model, Adapter(), {**LIGER, "activation_checkpointing": True}) for model in (MISTRAL, PHI3)],
