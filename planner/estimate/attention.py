@@ -261,7 +261,7 @@ def _eager(
     if shape.attention_softcap is not None:
         inner = ops.scaled(scores)
         scores = ops.scaled(ops.op((inner,), n, element, keeps_output=True))
-    autocast = ops.recipe.autocast
+    autocast, unmasked = ops.recipe.autocast, scores
     if plan.masked:  # the mask has the embeddings' type: under autocast the sum is fp32
         scores = ops.op((scores,), n, 4 if autocast else element, aliases=not autocast)
     single = element if ops.traits.softmax_in_own_type and not autocast else 4
@@ -270,6 +270,8 @@ def _eager(
         converted = ops.cast(scores, 4)
     scratch = block_bytes(n * single)
     probabilities = ops.op((converted,), n, single, keeps_output=True, scratch_bytes=scratch)
+    if ops.traits.scores_held != "no":
+        ops.hold(unmasked)
     late = autocast and (wide or ops.traits.softmax_type_stays)  # the product with v converts
     if late:
         ops.hold(scores)
@@ -280,7 +282,10 @@ def _eager(
     ops.handed_out.append(dropped)
     dropped = ops.cast(dropped, element)
     v = _by_heads(ops, v, by_heads[2], whole)
-    return ops.op((dropped, v), q.numel, element, (dropped, v))
+    out = ops.op((dropped, v), q.numel, element, (dropped, v))
+    if ops.traits.scores_held == "function":
+        ops.hold(unmasked, scores)
+    return out
 
 
 def _by_heads(ops: Operations, x: Tensor, already: bool, numel: int | None) -> Tensor:

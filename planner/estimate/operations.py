@@ -16,6 +16,8 @@ from planner.estimate.tape import Tape, Tensor
 from planner.estimate.traits import Traits
 
 __all__ = ["Operations"]
+_HEAD = "lm_head"  # a linear layer of torch's, whatever class a model has for its own
+
 
 class Operations(Tape):
     """A tape that knows the step's sizes: `tokens` T = b s, and the recipe's types."""
@@ -106,9 +108,14 @@ class Operations(Tape):
         base = form.element or self.recipe.base
         gradients = block_bytes(form.inputs * form.outputs * base) if form.weight_trained else 0
         biases = block_bytes(form.outputs * base) if form.bias_trained else 0
-        if not (form.bias and self.traits.bias_added_apart):
+        own_class = self.traits.bias_added_apart and form.name != _HEAD
+        if not own_class:
             return self._product(x, form.inputs, form.outputs, gradients, biases)
+        cached = self.copied_bytes
         out = self._product(x, form.inputs, form.outputs, gradients, 0)
+        self.copied_bytes = cached  # autocast caches no view, such as the weight turned round
+        if not form.bias:
+            return out
         return self.op((out,), out.numel, max(out.element, base), aliases=True, weight_bytes=biases)
 
     def _product(self, x: Tensor, inputs: int, outputs: int, gradients: int, biases: int) -> Tensor:

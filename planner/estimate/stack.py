@@ -131,6 +131,8 @@ def stack(setup: Setup, *, accumulates: bool) -> Stack:
             alike = left if (out.needs_grad, out.element) == (x.needs_grad, x.element) else 1
             if every > 1:  # up to the next checkpoint
                 alike = min(alike, 1 if checkpointed else every - number % every)
+            if number + alike == 1:  # no layer before it whose answer a variable holds
+                stretch = replace(stretch, beside_bytes=0)
             number += alike
             stretches.append(stretch if alike == 1 else replace(stretch, count=alike))
             left -= alike
@@ -272,6 +274,9 @@ def _layer(
         checkpointed=checkpointed,
         offloaded=checkpointed and setup.training.checkpoint_offload,
     )
+    if checkpointed and ops.traits.weights_returned:
+        returned = sum([weights.size_bytes for weights in ops.handed_out])
+        stretch = replace(stretch, beside_bytes=returned)
     if stretch.offloaded_bytes and stretch.backward is not None and _copies_masks(setup, shape):
         mask_bytes = _masks_bytes(shape, setup.training, recipe_of(setup).base, ops.prefix)
         moment = stretch.backward

@@ -30,6 +30,9 @@ class Traits:
     gelu_by_hand: bool = False  # an autograd function of the model's own that keeps its input alone
     softmax_in_own_type: bool = False  # the eager softmax does not ask for fp32
     softmax_type_stays: bool = False  # nor is its output converted, which under autocast is fp32
+    # The scores before the mask are a variable until the softmax is there, or as long as their function.
+    scores_held: Literal["no", "softmax", "function"] = "no"
+    weights_returned: bool = False  # a layer returns eager attention's, held until the next one has
     scaled_residual: bool = False  # what is added to the residual stream is multiplied first
     dropout_after_attention: bool = True
     embedding_scales: bool = True  # where embeddings are scaled, their own module does it, not the model
@@ -47,6 +50,8 @@ class Traits:
 _FALCON = Traits(
     fused_qkv="groups",
     bias_added_apart=True,
+    scores_held="softmax",
+    weights_returned=True,
     always_masked=True,
     softmax_in_own_type=True,
     scaled_scores=False,
@@ -63,7 +68,14 @@ _GEMMA = Traits(rms_weight_in_fp32=True, returns_cache=False)
 
 TRAITS: dict[str, Traits] = {
     "bert": _BERT,
-    "bloom": Traits(fused_qkv="slices", normed_embeddings=True, scaled_scores=False, gelu_by_hand=True),
+    "bloom": Traits(
+        fused_qkv="slices",
+        normed_embeddings=True,
+        scaled_scores=False,
+        scores_held="function",
+        weights_returned=True,
+        gelu_by_hand=True,
+    ),
     "distilbert": Traits(
         softmax_in_own_type=True,
         softmax_type_stays=True,

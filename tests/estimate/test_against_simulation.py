@@ -90,6 +90,7 @@ DISTILBERT = "distilbert/distilbert-base-uncased"
 FALCON_RW = "tiiuae/falcon-rw-1b"
 GPT_OSS = "openai/gpt-oss-20b"
 EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
+EAGER = {"micro_batch_size": 4, "seq_len": 2048, "attention": "eager"}
 FALCON, FALCON_GROUPED = "tiiuae/falcon-7b", "tiiuae/falcon-40b"
 OTHER_OPTIMIZERS = (
     "adamw-single",
@@ -277,6 +278,14 @@ CASES: list[Case] = [
     ],
     (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 512, "gpu": "t4"}),
     (FALCON, IA3, {"micro_batch_size": 2, "seq_len": 512}),
+    # eager attention's scores and weights are variables of a layer and of the loop over layers
+    *[
+        (model, LORA, {**EAGER, "loss": loss, "precision": precision, "activation_checkpointing": saves})
+        for model, loss in ((BLOOM, "chunked"), (FALCON, "full"))
+        for precision, saves in (("fp16", True), ("bf16-mixed", True), ("bf16", False))
+    ],
+    # autocast caches no weight turned round
+    (FALCON, FULL, {"micro_batch_size": 4, "precision": "bf16-mixed", "activation_checkpointing": True}),
     # QLoRA: 4 and 8 bits, alone and under autocast, with what each family and checkpointing do to them
     *[
         (model, method, {"micro_batch_size": 2, "seq_len": 512, "precision": precision})

@@ -36,6 +36,16 @@ TRAININGS = st.builds(
     attention=st.sampled_from(["sdpa", "eager", "efficient"]),
     gradient_accumulation_steps=st.integers(1, 2),
 )
+TRAININGS |= st.builds(
+    Training,
+    micro_batch_size=st.integers(1, 8),
+    seq_len=st.integers(1, 1024),
+    activation_checkpointing=st.just(True),
+    checkpoint_every=st.integers(1, 40),
+    checkpoint_offload=st.booleans(),
+    optimizer=st.just("adamw-fused"),
+    loss=st.sampled_from(["full", "chunked"]),
+)
 
 
 def _peak(setup: Setup) -> int:
