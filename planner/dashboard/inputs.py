@@ -22,6 +22,10 @@ from planner.units import MIB
 __all__ = ["sidebar"]
 
 _FIRST = ("seq_len", "micro_batch_size", "activation_checkpointing")  # what everybody changes
+_ON_CHANGE = {
+    "num_gpus": state.number_changed,
+    "activation_checkpointing": state.checkpointing_changed,
+}
 _STEPS = {"seq_len": 128, "lora_dropout": 0.05, "clip_grad_norm": 0.1}
 _USUAL_TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "query_key_value", "c_attn", "q,v")
 _CONFIG_BYTES = 2 * MIB  # planner.catalog refuses more than 1 MiB with a line of its own
@@ -146,7 +150,7 @@ def _input(field: Field, model: Model | None) -> None:
         "key": field.name,
         "bind": state.binding(field.name),
         "help": FIELD_HELP.get(field.name),
-        "on_change": state.number_changed if field.name == "num_gpus" else state.dismiss_warnings,
+        "on_change": _ON_CHANGE.get(field.name, state.dismiss_warnings),
     }
     if field.kind == "flag":
         st.toggle(label, value=default, **common)

@@ -17,7 +17,7 @@ from planner.catalog.gpus import gpu
 from planner.checks import whole
 from planner.dashboard.fields import Field, method_fields, parsed, sharding_fields, spelled, training_fields
 from planner.errors import SetupError, nearest
-from planner.spec import METHODS, FullFineTuning, PeftOfSize, Setup, Sharding
+from planner.spec import METHODS, FullFineTuning, PeftOfSize, Setup, Sharding, Training
 
 __all__ = [
     "DEFAULTS",
@@ -165,7 +165,8 @@ def _check_value(field: Field, text: str) -> None:
             Sharding(num_gpus=2, sharding="fsdp", **{field.name: value})
         return
     if field in training_fields():
-        Setup(model=catalog.bare_model("params:1e9")).replace(**{field.name: value})
+        chosen = Training(activation_checkpointing=True)  # which others choose among
+        Setup(model=catalog.bare_model("params:1e9"), training=chosen).replace(**{field.name: value})
         return
     owner = next(cls for name, cls in METHODS.items() if field in method_fields(name))
     needed = {

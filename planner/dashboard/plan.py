@@ -7,11 +7,13 @@ from functools import partial
 import streamlit as st
 
 from planner.advise import largest_micro_batch
+from planner.checkpointing import offloaded_note
 from planner.compare import full_of
 from planner.dashboard import figures, packed, pinned, recorded, several, simulating, state, tables
 from planner.dashboard.answers import Answer, answer, current_setup
 from planner.dashboard.details import beside_the_table, details, nearest_change
 from planner.dashboard.words import method_title, peak_place, plain
+from planner.optimizers import paged_note
 from planner.report import PARTS, early_peak_note
 from planner.units import count, gib, percent
 
@@ -144,8 +146,15 @@ def _bars(shown: Answer) -> None:
     if any(part in report.not_known for _, report in shown.rows for part in PARTS):
         for note in shown.chosen.notes:
             st.caption(f":material/info: {plain(note)}")
-    elif early := early_peak_note(shown.chosen):  # the other parts are none at the peak
-        st.caption(f":material/info: {early}")
+        return
+    host = shown.chosen.provenance
+    notes = (
+        early_peak_note(shown.chosen),  # the other parts are none at the peak
+        offloaded_note(host["offloaded_bytes"]) if host.get("offloaded_bytes") else "",
+        paged_note(host["paged_bytes"]) if host.get("paged_bytes") else "",
+    )
+    for note in filter(None, notes):
+        st.caption(f":material/info: {plain(note)}")
 
 
 def _table(shown: Answer) -> None:

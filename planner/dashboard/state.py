@@ -21,6 +21,7 @@ __all__ = [
     "asked",
     "binding",
     "checked_link",
+    "checkpointing_changed",
     "config_text",
     "dismiss_warnings",
     "forget_config",
@@ -134,6 +135,15 @@ def number_changed() -> None:
     elif not several:
         for field in sharding_fields():
             if field.name != "num_gpus" and field.name in st.session_state:
+                st.session_state[field.name] = field.default
+    dismiss_warnings()
+
+
+def checkpointing_changed() -> None:
+    """Without checkpoints there is none to choose: a callback of their input."""
+    if not st.session_state["activation_checkpointing"]:
+        for field in training_fields():
+            if field.name.startswith("checkpoint_") and field.name in st.session_state:
                 st.session_state[field.name] = field.default
     dismiss_warnings()
 

@@ -14,7 +14,7 @@ from planner.estimate.forms import LayerForm
 from planner.estimate.masks import mask_of_layer
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
+from planner.estimate.tape import Tensor, kept_factors
 from planner.estimate.unpadding import padded, unpadded
 from planner.model import Architecture
 from planner.spec import Setup, Training
@@ -217,14 +217,14 @@ def _math(
     query, key = ops.scaled(q), ops.scaled(k)
     if broadcast:
         key = ops.op((key,), q.numel, key.element)
-    scores = ops.op((query, key), n, 4, (query, key))
+    scores = ops.op((query, key), n, 4, kept_factors(query, key))
     if mask is not None:
         scores = ops.in_place(scores, mask)
     probabilities = ops.op((scores,), n, 4, keeps_output=True, scratch_bytes=block_bytes(n * 4))
     dropped = ops.dropout(probabilities, plan.dropout)
     if broadcast:
         v = ops.op((v,), q.numel, v.element)
-    out = ops.op((dropped, v), q.numel, 4, (dropped, v))
+    out = ops.op((dropped, v), q.numel, 4, kept_factors(dropped, v))
     ops.hold(q, query, k)
     return ops.cast(out, element)
 
@@ -255,7 +255,7 @@ def _eager(
         by_heads = (by_heads[0], True, True)
     whole = q.numel if _broadcasts(ops, plan) else None
     q, k = (_by_heads(ops, t, already, whole) for t, already in zip((q, k), by_heads, strict=False))
-    scores = ops.op((q, k), n, element, tuple([x for x, other in ((q, k), (k, q)) if other.needs_grad]))
+    scores = ops.op((q, k), n, element, kept_factors(q, k))
     if ops.traits.scaled_scores:
         scores = ops.scaled(scores)
     if shape.attention_softcap is not None:
@@ -282,7 +282,7 @@ def _eager(
     ops.handed_out.append(dropped)
     dropped = ops.cast(dropped, element)
     v = _by_heads(ops, v, by_heads[2], whole)
-    out = ops.op((dropped, v), q.numel, element, (dropped, v))
+    out = ops.op((dropped, v), q.numel, element, kept_factors(dropped, v))
     if ops.traits.scores_held == "function":
         ops.hold(unmasked, scores)
     return out

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
+from planner.estimate.tape import Tensor, kept_factors
 
 if TYPE_CHECKING:
     from planner.estimate.attention_plan import AttentionPlan
@@ -31,7 +31,7 @@ def attention_with_sinks(
     """
     rows = plan.b * plan.a * plan.s
     n = rows * plan.keys
-    scores = ops.scaled(ops.op((q, k), n, q.element, (q, k)))
+    scores = ops.scaled(ops.op((q, k), n, q.element, kept_factors(q, k)))
     autocast = ops.recipe.autocast
     element = 4 if autocast else q.element
     masked = ops.op((scores,), n, element, aliases=not autocast)
@@ -43,7 +43,7 @@ def attention_with_sinks(
     weights = ops.cast(ops.dropout(ops.view(shares, n), plan.dropout), v.element)
     ops.hold(masked)
     ops.handed_out.append(weights)
-    out = ops.op((weights, v), q.numel, q.element, (weights, v))
+    out = ops.op((weights, v), q.numel, q.element, kept_factors(weights, v))
     ops.hold(shifted)
     return out
 
@@ -60,7 +60,7 @@ def attention_with_alibi(
     element = q.element
     if plan.b > 1:  # matmul folds b and a, which lie apart in the fused product
         q, k = (ops.op((t,), t.numel, t.element, aliases=True) for t in (q, k))
-    product = ops.op((q, k), n, element, (q, k))
+    product = ops.op((q, k), n, element, kept_factors(q, k))
     scores = ops.cast(product, 4)
     biased = ops.op((scores,), n, 4, aliases=True)
     scaled = ops.view(biased, n)  # in place; its gradient is a new tensor
@@ -74,5 +74,5 @@ def attention_with_alibi(
     weights = ops.cast(dropped, element)
     if plan.b > 1:
         v = ops.op((v,), v.numel, v.element, aliases=True)
-    out = ops.op((weights, v), q.numel, element, (weights, v))
+    out = ops.op((weights, v), q.numel, element, kept_factors(weights, v))
     return out, (product, scores, biased)

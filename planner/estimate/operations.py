@@ -12,7 +12,7 @@ from planner.estimate.peft_operations import dora, scaled_by_vector
 from planner.estimate.quantized_linear import quantized_product
 from planner.estimate.recipes import Recipe
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tape, Tensor
+from planner.estimate.tape import Tape, Tensor, kept_factors
 from planner.estimate.traits import Traits
 
 __all__ = ["Operations"]
@@ -69,7 +69,7 @@ class Operations(Tape):
         Both gradients are there in the wider type before one is cast (torch/csrc/autograd/engine.cpp,
         validate_outputs).
         """
-        kept = tuple([t for t, other in ((x, y), (y, x)) if other.needs_grad])
+        kept = kept_factors(x, y)
         wide = max(x.element, y.element)
         narrow = [t for t in (x, y) if t.needs_grad and t.element < wide]
         wider = sum([block_bytes(t.numel * wide) - t.size_bytes for t in narrow])
@@ -135,7 +135,7 @@ class Operations(Tape):
         weight = self.op((), inputs * outputs, self.recipe.compute, weight_bytes=gradients)
         if gradients:
             self.copied_bytes += weight.size_bytes
-        kept = tuple([t for t, other in ((x, weight), (weight, x)) if other.needs_grad])
+        kept = kept_factors(x, weight)
         return self.op(
             (x, weight),
             rows * outputs,

@@ -14,7 +14,7 @@ from planner.estimate.blocks import sorted_sums_bytes
 from planner.estimate.forms import LayerForm, NormForm
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
+from planner.estimate.tape import Tensor, kept_factors
 from planner.model import Architecture
 from planner.spec import Setup
 
@@ -241,7 +241,7 @@ def _eager(
     element = q.element
     if plan.b > 1:  # matmul folds b and a
         q, k, v = (ops.op((t,), t.numel, t.element, aliases=True) for t in (q, k, v))
-    scores = ops.scaled(ops.op((q, k), n, element, (q, k)))
+    scores = ops.scaled(ops.op((q, k), n, element, kept_factors(q, k)))
     scores = ops.op((scores, bias), n, max(element, bias.element), aliases=bias.element <= element)
     if causal:
         scores = ops.op((scores,), n, max(scores.element, ops.recipe.base), aliases=True)
@@ -251,5 +251,5 @@ def _eager(
     ops.hold(scores)
     dropped = ops.dropout(weights, plan.dropout)
     multiplied = ops.cast(dropped, element)
-    out = ops.op((multiplied, v), v.numel, element, (multiplied, v))
+    out = ops.op((multiplied, v), v.numel, element, kept_factors(multiplied, v))
     return ops.op((out,), out.numel, out.element, aliases=True), (dropped,)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 from planner.estimate.resident import block_bytes
 
-__all__ = ["Moment", "Node", "Tape", "Tensor"]
+__all__ = ["Moment", "Node", "Tape", "Tensor", "kept_factors"]
 
 
 class Tensor:
@@ -27,6 +27,11 @@ class Tensor:
         self.needs_grad = needs_grad
         self.size_bytes = block_bytes(numel * element)
         self.owner: Tensor = owner or self
+
+
+def kept_factors(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """What a product of the two keeps: each where the other needs a gradient (derivatives.yaml, mm, mul)."""
+    return tuple([kept for kept, other in ((x, y), (y, x)) if other.needs_grad])
 
 
 class Node:

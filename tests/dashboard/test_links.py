@@ -101,3 +101,10 @@ def test_a_bare_count_takes_no_method_that_needs_layers() -> None:
     assert method_options(bare=True) == ["full", "peft"]
     assert "number of parameters" in link_problems({"model": ["params:7e9"], "method": ["lora"]})["method"]
     assert link_problems({"model": ["params:7e9"], "method": ["peft"]}) == {}
+
+
+def test_which_layers_are_checkpointed_is_read_whatever_stands_before_it() -> None:
+    chosen = {"activation_checkpointing": ["true"], "checkpoint_offload": ["true"], "checkpoint_every": ["2"]}
+    assert link_problems(chosen) == {}
+    assert link_problems(dict(reversed(chosen.items()))) == {}
+    assert "at least 1" in link_problems({**chosen, "checkpoint_every": ["0"]})["checkpoint_every"]

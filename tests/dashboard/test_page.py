@@ -94,6 +94,18 @@ def test_a_link_sets_the_inputs(open_app) -> None:
     assert app.selectbox(key="precision").value == "fp32"
 
 
+def test_without_checkpoints_there_is_none_to_choose(open_app) -> None:
+    app = open_app(activation_checkpointing="true", checkpoint_offload="true", checkpoint_every="2")
+    assert not app.warning
+    assert any("wait in pinned memory of the host" in note.value for note in app.caption)
+    app = app.toggle(key="activation_checkpointing").set_value(False).run()
+    assert not app.exception
+    assert app.toggle(key="checkpoint_offload").value is False
+    assert app.number_input(key="checkpoint_every").value == 1
+    app = app.toggle(key="checkpoint_offload").set_value(True).run()
+    assert any("turn that on" in box.value for box in app.error)
+
+
 def test_a_wrong_link_warns_and_keeps_the_defaults(open_app) -> None:
     app = open_app(gpu="nonsense", seq_len="-5", method="lorra", precision="fp8", micro_batch="3")
     said = " ".join(box.value.replace("\\", "") for box in app.warning)

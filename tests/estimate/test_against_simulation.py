@@ -278,6 +278,9 @@ CASES: list[Case] = [
     ],
     (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 512, "gpu": "t4"}),
     (FALCON, IA3, {"micro_batch_size": 2, "seq_len": 512}),
+    # keys are scaled, values are not: the first layer keeps no weights of attention
+    *[(OPT, IA3, {"micro_batch_size": 4, "attention": a, "loss": "chunked"}) for a in ("eager", "sdpa")],
+    (OPT, IA3, {"micro_batch_size": 4, "gpu": "t4"}),
     # eager attention's scores and weights are variables of a layer and of the loop over layers
     *[
         (model, LORA, {**EAGER, "loss": loss, "precision": precision, "activation_checkpointing": saves})
