@@ -12,9 +12,9 @@ from planner.estimate.attention_plan import AttentionPlan, attention_plan
 from planner.estimate.eager_forms import attention_with_alibi, attention_with_sinks
 from planner.estimate.forms import LayerForm
 from planner.estimate.masks import mask_of_layer
+from planner.estimate.nodes import Tensor, kept_factors
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor, kept_factors
 from planner.estimate.unpadding import padded, unpadded
 from planner.model import Architecture
 from planner.spec import Setup, Training

@@ -8,9 +8,9 @@ from __future__ import annotations
 from planner.estimate.attention import attention
 from planner.estimate.experts import experts
 from planner.estimate.forms import LayerForm, ModelForm, TableForm
+from planner.estimate.nodes import Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
 from planner.model import Architecture
 from planner.spec import Setup
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from planner.estimate.nodes import Tensor, kept_factors
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor, kept_factors
 
 if TYPE_CHECKING:
     from planner.estimate.attention_plan import AttentionPlan

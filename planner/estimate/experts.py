@@ -10,9 +10,9 @@ from __future__ import annotations
 from math import prod
 
 from planner.estimate.forms import LayerForm
+from planner.estimate.nodes import Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
 from planner.model import Architecture
 from planner.units import MIB
 

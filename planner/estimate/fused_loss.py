@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from planner.estimate.forms import ModelForm
 from planner.estimate.loss import LossMemory
+from planner.estimate.nodes import Moment, Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Moment, Tensor
 from planner.losses import adapted_head, liger_chunk_tokens
 from planner.spec import Setup, Training
 

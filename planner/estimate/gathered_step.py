@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from planner.estimate.alive import Alive
 from planner.estimate.gathering import UnitMemory
+from planner.estimate.nodes import Moment
 from planner.estimate.stack import stack
 from planner.estimate.stretches import Stack, Stretch
-from planner.estimate.tape import Moment
 from planner.spec import Setup
 
 __all__ = ["Plan", "backward_moments", "forward_end", "forward_moments", "step_moments"]

@@ -12,9 +12,9 @@ from typing import Any
 
 from planner.estimate.attention_plan import AttentionPlan
 from planner.estimate.forms import LayerForm, NormForm
+from planner.estimate.nodes import Node, Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Node, Tensor
 from planner.liger import Replaced
 
 __all__ = ["LigerOperations"]

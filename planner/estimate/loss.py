@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.estimate.forms import ModelForm
+from planner.estimate.nodes import Moment, Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Moment, Tensor
 from planner.model import Architecture
 from planner.spec import Training
 

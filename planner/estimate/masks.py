@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from planner.estimate.nodes import Tensor
 from planner.estimate.operations import Operations
-from planner.estimate.tape import Tensor
 
 if TYPE_CHECKING:
     from planner.estimate.attention_plan import AttentionPlan

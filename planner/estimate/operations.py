@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from planner.estimate.attention_plan import AttentionPlan
 from planner.estimate.forms import LayerForm, LinearForm, NormForm
+from planner.estimate.nodes import Tensor, kept_factors
 from planner.estimate.peft_operations import dora, scaled_by_vector
 from planner.estimate.quantized_linear import quantized_product
 from planner.estimate.recipes import Recipe
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tape, Tensor, kept_factors
+from planner.estimate.tape import Tape
 from planner.estimate.traits import Traits
 
 __all__ = ["Operations"]
@@ -214,16 +215,16 @@ class Operations(Tape):
             freed = normalized.size_bytes  # w's gradient comes first
             gradients = block_bytes(form.width * self.recipe.base)
         out_element = x.element
-        scratch = 4 * squares - out_element * x.numel  # beside the gradients of output and input
         return self.op(
             (single,),
             x.numel,
             out_element,
             kept,
             weight_bytes=gradients,
-            scratch_bytes=scratch,
+            scratch_bytes=4 * squares,  # beside the input's gradient
             work_bytes=2 * squares,
             freed_bytes=freed,
+            replaces=True,
         )
 
     def layer_norm(self, x: Tensor, form: NormForm) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.estimate.forms import LinearForm
+from planner.estimate.nodes import Tensor
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
 
 if TYPE_CHECKING:
     from planner.estimate.operations import Operations

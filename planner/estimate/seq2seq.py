@@ -14,11 +14,11 @@ from itertools import groupby
 from planner.estimate.blocks import looked_up
 from planner.estimate.forms import LayerForm, ModelForm
 from planner.estimate.loss import loss_memory
+from planner.estimate.nodes import Moment, Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
 from planner.estimate.stretches import Stack, Stretch, stretch_of
 from planner.estimate.t5_layers import Given, t5_layer, t5_norm
-from planner.estimate.tape import Moment, Tensor
 from planner.model import Architecture
 from planner.spec import Setup
 

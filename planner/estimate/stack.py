@@ -16,13 +16,13 @@ from planner.estimate.fused_loss import fused_loss_memory
 from planner.estimate.liger_operations import LigerOperations
 from planner.estimate.loss import chunked_loss_memory, hidden_for_head, loss_memory
 from planner.estimate.masks import shares_mask
+from planner.estimate.nodes import Moment, Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.peft_form import peft_form
 from planner.estimate.recipes import recipe_of
 from planner.estimate.resident import block_bytes
 from planner.estimate.seq2seq import seq2seq_stack
 from planner.estimate.stretches import Stack, Stretch, stretch_of
-from planner.estimate.tape import Moment, Tensor
 from planner.estimate.traits import TRAITS
 from planner.liger import fuses_experts, replaced
 from planner.losses import LOSS_CHUNK_TOKENS

@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from planner.estimate.loss import LossMemory
+from planner.estimate.nodes import Moment, Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import packed_bytes
-from planner.estimate.tape import Moment, Tensor
 from planner.units import MIB
 
 __all__ = ["Stack", "Stretch", "stretch_of"]

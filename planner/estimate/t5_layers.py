@@ -12,9 +12,9 @@ from planner.estimate.attention import KERNELS
 from planner.estimate.attention_plan import AttentionPlan, attention_plan
 from planner.estimate.blocks import sorted_sums_bytes
 from planner.estimate.forms import LayerForm, NormForm
+from planner.estimate.nodes import Tensor, kept_factors
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor, kept_factors
 from planner.model import Architecture
 from planner.spec import Setup
 

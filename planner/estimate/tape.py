@@ -10,86 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from planner.estimate.resident import block_bytes
+from planner.estimate.nodes import Moment, Node, Tensor
 
-__all__ = ["Moment", "Node", "Tape", "Tensor", "kept_factors"]
-
-
-class Tensor:
-    """A tensor without values. A view has its base as `owner` and no bytes of its own."""
-
-    __slots__ = ("element", "needs_grad", "numel", "owner", "size_bytes")
-
-    def __init__(self, numel: int, element: int, needs_grad: bool, owner: Tensor | None = None) -> None:
-        """`element` is the bytes of one element, `numel` how many there are."""
-        self.numel = numel
-        self.element = element
-        self.needs_grad = needs_grad
-        self.size_bytes = block_bytes(numel * element)
-        self.owner: Tensor = owner or self
-
-
-def kept_factors(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """What a product of the two keeps: each where the other needs a gradient (derivatives.yaml, mm, mul)."""
-    return tuple([kept for kept, other in ((x, y), (y, x)) if other.needs_grad])
-
-
-class Node:
-    """One operation: what goes in and out, what autograd keeps, what its backward needs beside it."""
-
-    __slots__ = (
-        "aliases",
-        "freed_bytes",
-        "inputs",
-        "keeps_late",
-        "kept",
-        "outputs",
-        "pinned",
-        "reads_weight",
-        "scratch_bytes",
-        "weight_bytes",
-        "work_bytes",
-    )
-
-    def __init__(
-        self,
-        inputs: tuple[Tensor, ...],
-        outputs: tuple[Tensor, ...],
-        kept: tuple[Tensor, ...] = (),
-        aliases: bool = False,
-        scratch_bytes: int = 0,
-        weight_bytes: int = 0,
-        work_bytes: int = 0,
-        reads_weight: bool = False,
-        pinned: tuple[Tensor, ...] = (),
-        freed_bytes: int = 0,
-        keeps_late: bool = False,
-    ) -> None:
-        """`aliases`: the inputs' gradients are the output's own; all others as in `Tape.op`."""
-        self.inputs = inputs
-        self.outputs = outputs
-        self.kept = kept
-        self.aliases = aliases
-        self.scratch_bytes = scratch_bytes
-        self.weight_bytes = weight_bytes
-        self.work_bytes = work_bytes
-        self.reads_weight = reads_weight
-        self.pinned = pinned
-        self.freed_bytes = freed_bytes
-        self.keeps_late = keeps_late
-
-
-class Moment:
-    """Bytes alive at one moment of a backward pass: kept tensors, gradients of weights, all others."""
-
-    __slots__ = ("gradients_bytes", "kept_bytes", "temporaries_bytes", "total_bytes")
-
-    def __init__(self, kept_bytes: int, temporaries_bytes: int, gradients_bytes: int) -> None:
-        """`total_bytes` is their sum."""
-        self.kept_bytes = kept_bytes
-        self.temporaries_bytes = temporaries_bytes
-        self.gradients_bytes = gradients_bytes
-        self.total_bytes = kept_bytes + temporaries_bytes + gradients_bytes
+__all__ = ["Tape"]
 
 
 class _Gradient:
@@ -131,6 +54,7 @@ class Tape:
         pinned: tuple[Tensor, ...] = (),
         freed_bytes: int = 0,
         keeps_late: bool = False,
+        replaces: bool = False,
     ) -> Tensor:
         """A new tensor of `numel` elements.
 
@@ -141,7 +65,8 @@ class Tape:
         needs a weight, which a checkpoint hands out only after its recomputation. `pinned`: tensors that the
         node itself refers to, past its backward pass and in spite of a checkpoint. `freed_bytes`: of what is
         kept, gone before the scratch is there. `keeps_late`: a torch.autograd.Function, which hands over what
-        it keeps when its output is there; torch's own operations do before.
+        it keeps when its output is there; torch's own operations do before. `replaces`: the gradient of the
+        output is gone before the scratch is there, unless something else holds it.
         """
         needs = trained or weight_bytes > 0
         for tensor in inputs:
@@ -162,6 +87,7 @@ class Tape:
                 pinned if needs else (),
                 freed_bytes,
                 keeps_late,
+                replaces,
             )
         )
         return out
@@ -299,6 +225,8 @@ class Tape:
                         live += tensor.size_bytes
                         made.append((tensor, _Gradient(tensor.size_bytes)))
             new_bytes = live + node.scratch_bytes + node.weight_bytes
+            if node.replaces and arrived[0].holders == 1:
+                new_bytes -= arrived[0].size_bytes
             if early is None and (node.reads_weight or node.weight_bytes):
                 early, best_total = best, 0
             if kept - node.freed_bytes + new_bytes + weights > best_total:

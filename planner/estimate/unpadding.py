@@ -7,9 +7,9 @@ modeling_flash_attention_utils.py, `_upad_input` and `_pad_input`.
 from __future__ import annotations
 
 from planner.estimate.attention_plan import AttentionPlan
+from planner.estimate.nodes import Tensor
 from planner.estimate.operations import Operations
 from planner.estimate.resident import block_bytes
-from planner.estimate.tape import Tensor
 from planner.sorting import index_put_bytes
 
 __all__ = ["Places", "padded", "unpadded"]

@@ -278,6 +278,12 @@ CASES: list[Case] = [
     ],
     (FALCON_RW, LORA, {"micro_batch_size": 4, "seq_len": 512, "gpu": "t4"}),
     (FALCON, IA3, {"micro_batch_size": 2, "seq_len": 512}),
+    # a norm behind the MLP: its gradient is the residual stream's too and stays
+    *[
+        (model, FULL, {"micro_batch_size": 8, "seq_len": 1024, "loss": "liger", "optimizer": "sgd",
+                       "activation_checkpointing": True})
+        for model in (OLMO2, GEMMA3)
+    ],
     # keys are scaled, values are not: the first layer keeps no weights of attention
     *[(OPT, IA3, {"micro_batch_size": 4, "attention": a, "loss": "chunked"}) for a in ("eager", "sdpa")],
     (OPT, IA3, {"micro_batch_size": 4, "gpu": "t4"}),
