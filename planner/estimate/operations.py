@@ -17,6 +17,7 @@ from planner.estimate.tape import Tape
 from planner.estimate.traits import Traits
 
 __all__ = ["Operations"]
+
 _HEAD = "lm_head"  # a linear layer of torch's, whatever class a model has for its own
 
 
