@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -159,7 +162,8 @@ def test_the_exported_script_checkpoints_them(method: Any, tmp_path: Path) -> No
     script = runpy.run_path(str(tmp_path / "run" / "train.py"))
     settings = json.loads((tmp_path / "run" / "settings.json").read_text(encoding="utf-8"))
     net = skeleton(SMALL, dtype=torch.float32)
-    with mock.patch.object(modeling_utils, "save_on_cpu", Counted):
+    here = mock.patch.object(torch.cuda, "is_available", return_value=True)  # else it leaves the host alone
+    with mock.patch.object(modeling_utils, "save_on_cpu", Counted), here:
         script["checkpointed"](net, settings)
         layers: Any = net.get_submodule("model.layers")
         assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False, True]
@@ -169,3 +173,19 @@ def test_the_exported_script_checkpoints_them(method: Any, tmp_path: Path) -> No
     text = (tmp_path / "run" / "train.py").read_text(encoding="utf-8")
     # peft's preparation of a quantized model turns on those of every layer: the choice comes again behind it
     assert text.count("checkpointed(model, settings)\n") == (2 if isinstance(method, QLoRA) else 1)
+
+
+def test_the_exported_script_runs_without_a_gpu_too(tmp_path: Path) -> None:
+    setup = planned(SMALL, LoRA(), checkpoint_every=2, checkpoint_offload=True, seq_len=16, precision="fp32")
+    write(exported(setup), tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "train.py", "--model", "model", "--steps", "2"],
+        cwd=tmp_path / "run",
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(": loss ") == 2

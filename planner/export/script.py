@@ -101,8 +101,8 @@ def arguments():
 def checkpointed(model, settings):
     """Layers that are computed again in the backward pass; their inputs may wait on the host."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    kwargs = {{"every_n_layers": settings["checkpoint_every"], "offload": settings["checkpoint_offload"]}}
-    enable({{"use_reentrant": False}}, **kwargs)
+    offload = settings["checkpoint_offload"] and torch.cuda.is_available()  # pinned memory needs a GPU
+    enable({{"use_reentrant": False}}, every_n_layers=settings["checkpoint_every"], offload=offload)
 
 
 def loaded(name, settings):
