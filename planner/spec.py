@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from planner.attention import HALF_ONLY, Attention, check_attention, check_kernel
 from planner.batching import Batching, check_batch, check_batching
 from planner.catalog.gpus import Gpu, gpu as gpu_named
-from planner.checkpointing import check_checkpointing, checkpoints_some
+from planner.checkpointing import check_checkpointing
 from planner.checks import choice, number, whole
 from planner.errors import SetupError, nearest
 from planner.liger import Kernels
@@ -144,13 +144,7 @@ class Setup:
         object.__setattr__(self, "sharding", sharding or Sharding())
         check_method(self.model, self.method)
         _check_training(self.model, self.method, self.training)
-        shared = self.sharding.is_distributed
-        if shared and checkpoints_some(self.training):
-            raise SetupError(
-                "checkpoint_every and checkpoint_offload are covered on one GPU only; leave them out, or "
-                "leave --num-gpus out."
-            )
-        check_loss(self.training, self.model, self.method, shared=shared)
+        check_loss(self.training, self.model, self.method, shared=self.sharding.is_distributed)
         check_batching(self.model, self.method, self.training)
         if isinstance(self.method, QLoRA):
             check_qlora(self.model, self.method, self.training)

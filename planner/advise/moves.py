@@ -94,8 +94,8 @@ def every_layer(setup: Setup) -> Mapping[str, Any] | None:
 def offloaded(setup: Setup) -> Mapping[str, Any] | None:
     """Checkpoints' inputs on the host."""
     training = setup.training
-    possible = training.activation_checkpointing and not setup.sharding.is_distributed
-    return {"checkpoint_offload": True} if possible and not training.checkpoint_offload else None
+    here = training.activation_checkpointing and not training.checkpoint_offload
+    return {"checkpoint_offload": True} if here else None
 
 
 def liger_kernels(setup: Setup) -> Mapping[str, Any] | None:

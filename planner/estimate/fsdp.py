@@ -145,7 +145,6 @@ def _plan(setup: Setup, found: Units, layers: Stack, workspace: int) -> Plan:
         reshards=sharding.reshard_after_forward,
         ahead=sharding.prefetch,
         hidden_bytes=block_bytes(tokens * shape.hidden_size * recipe_of(setup).base),
-        checkpointed=training.activation_checkpointing,
         workspace=workspace,
     )
 

@@ -38,7 +38,6 @@ class Plan:
     reshards: bool
     ahead: int | None
     hidden_bytes: int
-    checkpointed: bool
     workspace: int
 
     def following(self, index: int) -> int:

@@ -43,7 +43,19 @@ def estimate(setup: Setup) -> MemoryReport:
     else:
         report = with_load(_of_steps(setup))
     note = early_peak_note(report)
-    return replace(report, notes=(*report.notes, note)) if note else report
+    return _with_offloaded(setup, replace(report, notes=(*report.notes, note)) if note else report)
+
+
+def _with_offloaded(setup: Setup, report: MemoryReport) -> MemoryReport:
+    """With what waits in the host's memory, of each rank."""
+    if not setup.training.checkpoint_offload or "activations" in report.not_known:
+        return report
+    size_bytes = stack(setup, accumulates=False).offloaded_bytes
+    return replace(
+        report,
+        notes=(*report.notes, offloaded_note(size_bytes)),
+        provenance={**report.provenance, "offloaded_bytes": size_bytes},
+    )
 
 
 def _of_steps(setup: Setup) -> MemoryReport:
@@ -54,7 +66,6 @@ def _of_steps(setup: Setup) -> MemoryReport:
         kept = replace(kept, step_temporaries_bytes=step_bytes)
     known = has_formulas(setup)
     layers = stack(setup, accumulates=False) if known else None
-    offloaded = layers.offloaded_bytes if layers else 0
     workspace = _workspaces(setup, known=known)
     first = _moments(kept, layers, workspace, begins=True)
     worst = _moments(kept, layers, workspace)
@@ -85,12 +96,11 @@ def _of_steps(setup: Setup) -> MemoryReport:
         phases=phases(setup, kept, layers, (first, steady), workspace),
         peak_phase=peak.phase,
         not_known=_not_known(setup),
-        notes=_notes(setup, kept.paged_bytes, offloaded),
+        notes=_notes(setup, kept.paged_bytes),
         provenance={
             "planner": __version__,
             "model": setup.model.source,
             **({"paged_bytes": kept.paged_bytes} if kept.paged_bytes else {}),
-            **({"offloaded_bytes": offloaded} if offloaded else {}),
         },
     )
 
@@ -236,10 +246,9 @@ def _not_known(setup: Setup) -> tuple[str, ...]:
     return () if has_formulas(setup) else _UNKNOWN
 
 
-def _notes(setup: Setup, paged_bytes: int, offloaded_bytes: int) -> tuple[str, ...]:
+def _notes(setup: Setup, paged_bytes: int) -> tuple[str, ...]:
     paged = (paged_note(paged_bytes),) if paged_bytes else ()
-    offloaded = (offloaded_note(offloaded_bytes),) if offloaded_bytes else ()
-    return (*_not_known_notes(setup), *_router_notes(setup), *paged, *offloaded)
+    return (*_not_known_notes(setup), *_router_notes(setup), *paged)
 
 
 def _router_notes(setup: Setup) -> tuple[str, ...]:

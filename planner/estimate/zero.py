@@ -171,6 +171,5 @@ def _plan(setup: Setup, hidden_bytes: int, workspace: int, constant: int) -> Pla
         reshards=False,
         ahead=None,
         hidden_bytes=hidden_bytes,
-        checkpointed=setup.training.activation_checkpointing,
         workspace=workspace,
     )

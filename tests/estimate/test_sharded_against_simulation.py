@@ -79,6 +79,16 @@ CASES: list[tuple[str, Method, dict[str, Any], dict[str, Any]]] = [
     (TIED, FULL, {**FUSED, "batching": "padded"}, EIGHT),
     (TIED, FULL, {**FUSED, "batching": "packed", "activation_checkpointing": True}, EIGHT),
     (UNTIED, LORA, {**MIXED, "batching": "packed", "attention": "flash"}, {"num_gpus": 4, "sharding": "ddp"}),
+    # checkpoints of some layers, their inputs on each rank's host
+    *[
+        (model, method, {**MIXED, "activation_checkpointing": True, **more}, sharding)
+        for model, method, more, sharding in (
+            (TIED, FULL, {"checkpoint_offload": True}, EIGHT),
+            (UNTIED, LORA, {"checkpoint_every": 2, "checkpoint_offload": True}, EIGHT),
+            (QWEN3, FULL, {"checkpoint_every": 2}, {"num_gpus": 4, "sharding": "fsdp-grad-op"}),
+            (TIED, LORA, {"checkpoint_offload": True}, {"num_gpus": 2, "sharding": "ddp"}),
+        )
+    ],
     # a sequence as long as the sliding window has a mask already
     *[
         (
