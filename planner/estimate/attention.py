@@ -167,13 +167,17 @@ def _cudnn(
     Backward (cudnn-frontend, CompositeSDPABackwardNode): sums [b, a, s] and dQ [b, a, s, d] in fp32, one
     block; what the engine asks for on top is not published.
     """
-    kept: tuple[Tensor, ...] = (q, k, v, Tensor(plan.b * plan.a * plan.s, 4, False))
-    if mask is not None:
-        kept = (*kept, mask)
-    elif plan.masked:
-        kept = (*kept, *mask_of_layer(ops, plan, q.element))
+    log_sum = Tensor(plan.b * plan.a * plan.s, 4, False)
+    inputs = (q, k, v, *_masks(ops, plan, q, mask))
     scratch = block_bytes(4 * plan.b * plan.a * plan.s * (1 + plan.d))
-    return ops.op((q, k, v), q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
+    return ops.op(inputs, q.numel, q.element, (*inputs, log_sum), keeps_output=True, scratch_bytes=scratch)
+
+
+def _masks(ops: Operations, plan: AttentionPlan, q: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """The mask that is given, or a layer's own copy, which the kernel keeps."""
+    if mask is not None:
+        return (mask,)
+    return mask_of_layer(ops, plan, q.element) if plan.masked else ()
 
 
 def _efficient(
@@ -191,13 +195,8 @@ def _efficient(
     if q.element == 4:
         scratch += q.size_bytes
     log_sum = Tensor(b * a * (-(-s // 32) * 32), 4, False)
-    kept: tuple[Tensor, ...] = (q, k, v, log_sum)
-    inputs = (q, k, v) if mask is None else (q, k, v, mask)
-    if mask is not None:
-        kept = (*kept, mask)
-    elif plan.masked:
-        kept = (*kept, *mask_of_layer(ops, plan, q.element))
-    return ops.op(inputs, q.numel, q.element, kept, keeps_output=True, scratch_bytes=scratch)
+    inputs = (q, k, v, *_masks(ops, plan, q, mask))
+    return ops.op(inputs, q.numel, q.element, (*inputs, log_sum), keeps_output=True, scratch_bytes=scratch)
 
 
 def _math(

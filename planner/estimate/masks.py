@@ -23,7 +23,7 @@ def mask_of_layer(ops: Operations, plan: AttentionPlan, element: int) -> tuple[T
     if shares_mask(plan, ops.recipe.base, element):
         return ()
     heads = plan.a if plan.biased else 1
-    return (Tensor(plan.b * heads * plan.s * _row(plan), element, False),)
+    return (ops.op((), plan.b * heads * plan.s * _row(plan), element),)
 
 
 def shares_mask(plan: AttentionPlan, base: int, element: int) -> bool:
