@@ -30,6 +30,7 @@ from planner.spec import FullFineTuning, LoRA, QLoRA, Setup, Sharding, Training
 from planner.training.build import skeleton
 from planner.training.run import TrainingRun
 from planner.units import MIB
+from tests.estimate.shapes import shortened
 from tests.hub_server import LLAMA
 
 SMALL = model_from_config({**LLAMA, "num_hidden_layers": 5}, id="org/small", source="test")
@@ -131,6 +132,17 @@ def test_a_real_step_trains_the_same_and_hands_over_what_was_said(method: Any, e
     assert waited == simulate(setup).provenance["offloaded_bytes"]
     assert waited == estimate(setup).provenance["offloaded_bytes"]
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_layers_last_product_runs_backwards_before_the_layer_is_made_again(quantization: Any) -> None:
+    """bitsandbytes' products ask autograd for nothing: the weight they unpack meets no recomputed layer."""
+    pytest.importorskip("bitsandbytes")
+    method = QLoRA(lora_rank=64, target_modules=("attention",), quantization=quantization)
+    wide = shortened("mistralai/Mistral-7B-v0.1", 3)
+    setup = planned(wide, method, micro_batch_size=1, seq_len=1024, precision="fp16-mixed", loss="liger")
+    peak = simulate(setup).peak_allocated_bytes
+    assert estimate(setup).peak_allocated_bytes == pytest.approx(peak, rel=0.001)
 
 
 def test_qlora_checkpoints_the_same_layers() -> None:

@@ -148,7 +148,7 @@ def stretch_of(
         input_bytes = start.size_bytes
     kept = (0 if offloaded else input_bytes) + (out.size_bytes if keeps_output else 0)
     moment, asking = ops.backward_moment(
-        keepers, start, out, accumulates=accumulates, lent=lent, carried=carried
+        keepers, start, out, accumulates=accumulates, lent=lent, carried=carried, recomputed=checkpointed
     )
     if checkpointed:
         again = ops.forward_peak_bytes(held, recomputed=True)

@@ -186,6 +186,7 @@ class Tape:
         head_bytes: int = 0,
         lent: Collection[Tensor] = (),
         carried: Collection[Tensor] = (),
+        recomputed: bool = False,
     ) -> tuple[Moment, int]:
         """The moment of most memory while gradients flow from `out` to the stretch's inputs.
 
@@ -196,8 +197,9 @@ class Tape:
         Of `carried` a later stretch has made a gradient already, to which this one's are added.
         `accumulates`: weights have gradients already, so that new ones live only until they are added. A
         new one counts as a temporary until its node is done, but `head_bytes` of the output weight's as a
-        gradient. `multiplied` is left behind: the same moment since the first product, for which a
-        thread takes its workspace.
+        gradient. `recomputed`: by a checkpoint, so that nothing is kept before something kept is asked for
+        (bitsandbytes' products ask for nothing). `multiplied` is left behind: the same moment since the
+        first product, for which a thread takes its workspace.
         """
         users = dict(keepers)
         for tensor in (outside, *lent):
@@ -205,7 +207,7 @@ class Tape:
         kept = sum([owner.size_bytes for owner in users])
         gradients = {tensor: _Gradient(tensor.size_bytes) for tensor in (out, *carried)}
         live, weights = sum([gradient.size_bytes for gradient in gradients.values()]), 0
-        best = Moment(kept, live, weights)
+        best = Moment(0 if recomputed else kept, live, weights)
         best_total = best.total_bytes
         at_first_kept = 0
         early: Moment | None = None
@@ -215,6 +217,7 @@ class Tape:
                 continue
             if not at_first_kept and (node.kept or node.reads_weight):
                 at_first_kept = live
+            there = kept - node.freed_bytes if at_first_kept or not recomputed else 0
             made: list[tuple[Tensor, _Gradient]] = []
             for tensor in node.inputs:
                 if tensor.needs_grad:
@@ -229,10 +232,10 @@ class Tape:
                 new_bytes -= arrived[0].size_bytes
             if early is None and (node.reads_weight or node.weight_bytes):
                 early, best_total = best, 0
-            if kept - node.freed_bytes + new_bytes + weights > best_total:
-                best_total = kept - node.freed_bytes + new_bytes + weights
+            if there + new_bytes + weights > best_total:
+                best_total = there + new_bytes + weights
                 new_weights = min(node.weight_bytes, head_bytes)
-                best = Moment(kept - node.freed_bytes, new_bytes - new_weights, weights + new_weights)
+                best = Moment(there, new_bytes - new_weights, weights + new_weights)
             if not accumulates:
                 weights += node.weight_bytes
             for tensor, new in made:
@@ -243,9 +246,10 @@ class Tape:
                 if old.holders > 1 and new.holders > 1:
                     summed = _Gradient(tensor.size_bytes)
                     live += summed.size_bytes
-                    if kept + live + weights > best_total:
-                        best_total = kept + live + weights
-                        best = Moment(kept, live, weights)
+                    held = kept if at_first_kept or not recomputed else 0
+                    if held + live + weights > best_total:
+                        best_total = held + live + weights
+                        best = Moment(held, live, weights)
                     gradients[tensor] = summed
                     live -= _released(old) + _released(new)
                 elif old.holders == 1:
