@@ -1,6 +1,6 @@
 """Advice from reports: does it fit, how much would fit, what to change. Pure functions over `estimate`."""
 
-from planner.advise.changes import Change, applied, changes
+from planner.advise.changes import Change, applied, changes, nearest_fitting
 from planner.advise.fits import Verdict, Word, verdict
 from planner.advise.limits import (
     Cell,
@@ -25,6 +25,7 @@ __all__ = [
     "largest_micro_batch",
     "largest_seq_len",
     "method_table",
+    "nearest_fitting",
     "smallest_gpu",
     "verdict",
     "verdicts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from planner.estimate import estimate
 from planner.report import MemoryReport
 from planner.spec import METHODS, Setup
 
-__all__ = ["Change", "applied", "changes"]
+__all__ = ["Change", "applied", "changes", "nearest_fitting"]
 
 _Open = tuple[Idea, Mapping[str, Any]]  # a change that applies, and its keys
 _COST_AT_ONCE: dict[Price, str] = {
@@ -86,6 +86,16 @@ def changes(setup: Setup) -> tuple[Change, ...]:
     saving = {tuple(change.keys.items()): change for change in found if change.saving_bytes > 0}
     return tuple(
         sorted(saving.values(), key=lambda change: (PRICES.index(change.price), -change.saving_bytes))
+    )
+
+
+def nearest_fitting(found: Sequence[Change]) -> Change | None:
+    """The change that fits and costs the user least; of equals the one that changes, then saves least."""
+    fitting = [change for change in found if change.fits]
+    return min(
+        fitting,
+        key=lambda change: (PRICES.index(change.price), len(change.keys), change.saving_bytes),
+        default=None,
     )
 
 

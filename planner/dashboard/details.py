@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from planner.advise import Change, changes, grid, smallest_gpu
+from planner.advise import Change, changes, grid, nearest_fitting, smallest_gpu
 from planner.compare import Storage, storage
 from planner.dashboard import every_method, figures, grid as squares, simulating, state, tables
 from planner.dashboard.answers import Answer, cards
@@ -40,9 +40,8 @@ def nearest_change(shown: Answer) -> None:
     """Where the run does not surely fit: the cheapest change that makes it fit, with its button."""
     if shown.verdict is None or shown.verdict.word not in ("tight", "does not fit"):
         return
-    fitting = [change for change in changes(shown.setup) if change.fits]
-    if fitting:
-        found = min(fitting, key=lambda change: len(change.keys))  # among equals the cheapest, which is first
+    found = nearest_fitting(changes(shown.setup))
+    if found is not None:
         _offer(
             f"The nearest change that fits: {_lower(found.words)}, {gib(found.peak_allocated_bytes)}.",
             found.keys,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from planner.advise import applied, changes, verdict
+from planner.advise import applied, changes, nearest_fitting, verdict
 from planner.errors import SetupError
 from planner.estimate import estimate
 from planner.spec import Adapter, BitFit, FullFineTuning, LoRA, PeftOfSize, QLoRA, Setup, Training
@@ -267,3 +267,25 @@ def test_qlora_is_advised_autocast_and_not_away_from_it() -> None:
     under = planned.replace(precision="bf16-mixed")
     for mixed in (under, under.replace(activation_checkpointing=True)):  # checkpointed, bf16 needs less
         assert all("precision" not in change.keys for change in changes(mixed))
+
+
+def test_the_nearest_change_costs_least_and_then_changes_least():
+    """Half the micro batch costs time alone; half the sequence is one key, but cuts the data."""
+    setup = Setup(
+        model="meta-llama/Llama-3.1-8B",
+        method=LoRA(),
+        training=Training(
+            micro_batch_size=4,
+            seq_len=8192,
+            activation_checkpointing=True,
+            checkpoint_offload=True,
+            loss="liger",
+        ),
+        gpu="rtx-4090",
+    )
+    found = changes(setup)
+    assert {"seq_len": 4096} in [dict(change.keys) for change in found if change.fits]
+    nearest = nearest_fitting(found)
+    assert nearest is not None
+    assert dict(nearest.keys) == {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert nearest_fitting([change for change in found if not change.fits]) is None
