@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["built_attention"]
+__all__ = ["asked_for", "built_attention"]
 
 # By transformers' names, the first that a module has: widths of queries and keys, and of values.
 _QUERIES = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
@@ -26,7 +26,8 @@ def built_attention(model: Any, text_config: Any) -> dict[str, Any]:
 
 def _head_dims(model: Any) -> set[tuple[int, int]]:
     modules = dict(model.named_modules())
-    place = next((name for name, module in modules.items() if module is _embedding(model)), "")
+    embedding = asked_for(model, "get_input_embeddings")
+    place = next((name for name, module in modules.items() if module is embedding), "")
     while place:  # towers of images and sound lie beside the part that holds the embedding
         place = place.rpartition(".")[0]
         inside = f"{place}." if place else ""
@@ -36,12 +37,13 @@ def _head_dims(model: Any) -> set[tuple[int, int]]:
     return {pair for module in modules.values() if (pair := _pair(module))}
 
 
-def _embedding(model: Any) -> nn.Module | None:
+def asked_for(model: Any, accessor: str) -> nn.Module | None:
+    """The module that an accessor of transformers' names, None where a class has none."""
     try:
-        embedding = model.get_input_embeddings()
+        module = getattr(model, accessor)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    return embedding if isinstance(embedding, nn.Module) else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def _pair(module: nn.Module) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from planner.model import Kind, Role, Task
-from planner.training.built_attention import built_attention
+from planner.training.built_attention import asked_for, built_attention
 
 __all__ = ["class_for", "config_of", "inventory", "tensors_of"]
 
@@ -139,11 +139,8 @@ def _embeddings_and_heads(model: Any) -> dict[int, Role]:
     """The modules that transformers itself names as the input embedding and the head, by identity."""
     roles: dict[int, Role] = {}
     for accessor, role in (("get_output_embeddings", "head"), ("get_input_embeddings", "embedding")):
-        try:
-            module = getattr(model, accessor)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-        if isinstance(module, nn.Module):
+        module = asked_for(model, accessor)
+        if module is not None:
             roles[id(module)] = role  # type: ignore[assignment]
     return roles
 
