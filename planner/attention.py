@@ -31,7 +31,7 @@ FLASH_HEAD_LIMIT = 256  # check_head_dim_size_flash
 _AMPERE = (8, 0)  # the oldest with flash, cuDNN and bfloat16
 _ANY = (9, 0)  # takes whatever any card does
 # by model_type, transformers 5.23: code that makes a mask where torch could do without ...
-_ALWAYS_MASKED = ("falcon", "glm_moe_dsa")
+_ALWAYS_MASKED = ("falcon", "glm_moe_dsa", "layoutlm", "t5gemma2")
 _BIASED = ("mt5", "t5", "umt5")  # ... position biases that are parameters
 _COMPUTED_BIASES = ("doge", "inkling_text")  # ... and biases computed from the tokens, with a gradient
 

@@ -78,6 +78,8 @@ CASES = [
     ("doge", "cudnn", "h200", "takes no biases as org/own has them here"),
     ("doge", "efficient", "h200", ""),
     ("glm_moe_dsa", "flash", "h200", "its code always makes one"),
+    ("layoutlm", "flash", "a100-40gb", "its code always makes one"),
+    ("layoutlm", "efficient", "a100-40gb", ""),
     ("cohere2", "flash", "t4", "needs capability 8.0"),
     ("cohere2", "flash", "a100-40gb", "its sliding window of 100"),
     ("cohere", "flash", "a100-40gb", ""),
